@@ -47,8 +47,6 @@ RUNS = {
     f" --pretrain.sparsity false {ANEW}",
     "anew": f"crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 {EACH_STEP}",
     "crest": f"crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 {REGION}",
-    "overlapped": f"crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 {REGION} --crest.overlap true"
-    " --crest.h 4",
     "random": "crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 --selection random",
     "glister": "crest --model mlp --seed 3 --train.epochs 4 --budget 0.5 --selection glister",
     "rigl": f"sparse {TINY} --density 0.1 --growth gradient --agent.form measured --agent.memory 0"
@@ -62,7 +60,7 @@ RUNS = {
 }
 AFTERWARDS = (  # requests to the recorded run, answered in order
     "deltagrad delete recorded --ids 3,14,15",
-    "deltagrad delete recorded --ids 20,21 --tolerance 1e-3",
+    "deltagrad delete recorded --ids 20,21 --period 3",
     "deltagrad add recorded --ids 14",
 )
 ON_RAY = ("full", "reselected", "selected", "lipt", "crest", "rigl", "recorded")

@@ -132,8 +132,7 @@ class Checks:
 
     def methods(self):
         """Measure steps of AGENT and CREST beside plain ones."""
-        shards, scorer = LocalShards([self.shard]), partial(LiveModel, precision="auto")
-        crest = Crest(CrestOptions(), shards, scorer, self.indices, self.batch)
+        crest = Crest(CrestOptions(), LocalShards([self.shard]), self.indices, self.batch)
         crest.steps = self.steps
         agent = Correction(AgentOptions(form="measured", always=True))
         plain, _ = self.trained(self.small)

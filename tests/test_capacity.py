@@ -22,11 +22,6 @@ def cluster(monkeypatch):
     return describe
 
 
-def free_for_actors(nodes, size):
-    """Return the CPUs that are left when every node has as many workers as fit."""
-    return sum(node["CPU"] for node in nodes) - size.cpus * capacity.room(size.cpus, size.gpus)
-
-
 @pytest.mark.parametrize(
     ("nodes", "settings", "size"),
     [
@@ -49,16 +44,6 @@ def test_the_size_of_workers(cluster, nodes, settings, size):
     assert plan(Cluster(**settings)) == size
 
 
-@pytest.mark.parametrize("nodes", [[SMALL], [SMALL, SMALL], [BIG], [{"CPU": 9.0, "GPU": 2.0}] * 2])
-@pytest.mark.parametrize("actors", [1, 2, 5])
-def test_actors_find_cpus_beside_workers_with_gpus(cluster, nodes, actors):
-    cluster(*nodes)
-    size = plan(Cluster(), actors=actors)
-    assert free_for_actors(nodes, size) >= actors
-    slots = sum(int(node["GPU"]) for node in nodes)
-    assert size.workers == min(slots, capacity.MOST_WORKERS)
-
-
 def test_no_more_workers_than_there_is_work_for(cluster):
     cluster(BIG)
     assert plan(Cluster(), most=3) == Plan(3, 12, 1)
@@ -66,17 +51,15 @@ def test_no_more_workers_than_there_is_work_for(cluster):
 
 def test_trials_divide_a_node_by_its_gpus(cluster):
     cluster(SMALL)
-    size = trial_size(Cluster(), 0, None)
+    size = trial_size(Cluster(), None)
     assert (size.plan, size.nested, size.at_once) == (Plan(1, 4, 1), True, 4)
-    beside = trial_size(Cluster(), 2, None)  # each with two actors of its own
-    assert (beside.plan, beside.at_once) == (Plan(1, 2, 1), 4)
     # What a trial plans for itself, from the settings that it is given, is what it was given room for.
-    assert plan(Cluster(workers=beside.workers), actors=2) == beside.plan
+    assert plan(Cluster(workers=size.workers)) == size.plan
 
 
 def test_a_trial_in_one_process_has_no_gpu_and_one_cpu(cluster):
     cluster(SMALL)
-    size = trial_size(Cluster(workers=0), 0, None)
+    size = trial_size(Cluster(workers=0), None)
     assert (size.plan, size.nested, size.workers, size.at_once) == (Plan(1, 1, 0), False, 0, 16)
 
 

@@ -14,7 +14,6 @@ from raypkg import CrestLoader, Run, Split, build_model, fit
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.record import Recorder
-from raypkg.coresets.sharded import LiveModel
 from raypkg.data import Data
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.crest import colm
@@ -235,7 +234,7 @@ def run(gradient, world=1, epochs=EPOCHS):
     empty = torch.empty(0, dtype=torch.int64)
     shards = [Shard(Data(data, data), indices, empty, rank=rank, world=world) for rank in range(world)]
     options = CrestOptions(choose="colm", gradient=gradient, tau=0.0, subset="2m", exclude_below=0.0)
-    hook = Crest(options, LocalShards(shards), lambda model: LiveModel(model, "float32"), indices, SIZE)
+    hook = Crest(options, LocalShards(shards), indices, SIZE)
     training = {"epochs": epochs, "batch_size": SIZE, "lr": 0.01, "precision": "float32", "schedule": "constant"}
     training |= {"optimizer": "adamw", "momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
     return Run.simple(network(), data, hooks=[Recorder(data.y), hook], augment=(), **training)

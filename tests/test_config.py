@@ -12,6 +12,8 @@ from raypkg.cli.setting_options import overrides as overrides_of
 from raypkg.core.config import Named, Settings, leaves, load_settings, load_stored, parse_toml, to_toml
 from raypkg.core.errors import UserError, unknown
 from raypkg.experiments.train import SelectSettings, TrainSettings
+from raypkg.methods.crest.settings import CrestSettings
+from raypkg.methods.deltagrad.settings import DeltaGradSettings
 
 
 class Optim(Settings):
@@ -171,3 +173,16 @@ def test_an_interrupt_while_settings_are_stored_stays_one():
             sys.settrace(before)
         break
     assert {"model_dump", "_leave_out"} < {*places} and len(places) < 99
+
+
+@pytest.mark.parametrize(
+    ("schema", "part", "defaults"),
+    [
+        (CrestSettings, "crest", {"overlap": False, "actors": 0, "memory": False, "augmented": True, "look": 3}),
+        (DeltaGradSettings, "replay", {"tolerance": False}),
+    ],
+)
+def test_a_stored_file_opens_with_removed_settings_at_their_defaults_only(schema, part, defaults):
+    assert load_stored(schema, {part: defaults}) == load_stored(schema, {part: {}})
+    with pytest.raises(UserError, match=min(defaults)):
+        load_stored(schema, {part: {min(defaults): 0.5}})

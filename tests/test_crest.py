@@ -15,7 +15,6 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Training
 from raypkg.coresets.record import Recorder
-from raypkg.coresets.sharded import LiveModel
 from raypkg.data import Data
 from raypkg.data.kinds import TEXTS
 from raypkg.data.split import Split
@@ -26,7 +25,6 @@ from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.crest import quadratic
 from raypkg.methods.crest.algorithm import CrestAlgorithm
 from raypkg.methods.crest.hook import Crest
-from raypkg.methods.crest.parallel import Overlapped
 from raypkg.methods.crest.quadratic import MovingMoments, Region, flat, gradient_of, hessian_diagonal
 from raypkg.methods.crest.selection import ActiveSamples, logit_gradients, minibatch_coreset
 from raypkg.methods.crest.settings import CrestOptions
@@ -169,7 +167,7 @@ def run(options, training=PLAIN, *, data=None, model="mlp", holders=1, hooks=(),
     data = data or split()
     indices, none = torch.arange(N), torch.empty(0, dtype=torch.int64)
     shards = LocalShards([Shard(Data(data, data), indices, none, rank=i, world=holders) for i in range(holders)])
-    crest = Crest(options, shards, lambda model: LiveModel(model, "float32"), indices, SIZE)
+    crest = Crest(options, shards, indices, SIZE)
     built = build_model(model, data.shape, 3, seed=0, options=model_options)
     return Run.simple(built, data, training, hooks=[Recorder(data.y), crest, *hooks], augment=augment)
 
@@ -224,8 +222,8 @@ def test_costs_are_those_of_steps_subsets_checks_and_models():
     assert bills["check"].forward == len(state.history) * 36  # never all samples
     choices = trained.hooks[1].picked[0].shape[1] / SIZE
     assert bills["select"].forward == choices * 36
-    assert choices <= steps + state.updates  # nothing is chosen that is not drawn, but for the model
-    assert bills["model"].backward == state.updates * 4  # the gradient is that of a step of training
+    assert choices <= steps + state.pool.update  # nothing is chosen that is not drawn, but for the model
+    assert bills["model"].backward == state.pool.update * 4  # the gradient is that of a step of training
     assert int(trained.hooks[1].counts.sum()) == steps * SIZE
 
 
@@ -240,7 +238,7 @@ def test_without_a_local_model_every_step_trains_on_medoids_that_its_weights_cho
     bills, steps = bills_of(trained), PLAIN.epochs * 15
     assert (bills["train"].backward, bills["select"].forward) == (steps * SIZE, steps * 36)
     assert not {"check", "model"} & {phase for phase, bill in bills.items() if bill.forward}
-    assert state_of(trained).updates == steps and rows_of(trained, "step") == [20, 40, 60]
+    assert state_of(trained).pool.update == steps and rows_of(trained, "step") == [20, 40, 60]
 
 
 def test_without_a_local_model_samples_are_excluded_by_the_losses_of_choices():
@@ -264,15 +262,14 @@ def test_the_number_of_holders_does_not_matter(holders, settings):
 STOPPED = {"tau": 0.1, "h": 4, "subset": 0.3, "exclude_every_steps": 7, "exclude_below": 0.4, **ONE_LOW_LOSS}
 
 
-@pytest.mark.parametrize("extra", [{"overlap": False}, {"overlap": True}, EACH_STEP], ids=["in line", "ahead", "τ 0"])
+@pytest.mark.parametrize("options", [STOPPED, EACH_STEP], ids=["τ 0.1", "τ 0"])
 @pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_stopped_inside_a_region_and_resumed_equals_never_stopped(tmp_path, extra, epoch):
+def test_stopped_inside_a_region_and_resumed_equals_never_stopped(tmp_path, options, epoch):
     def die(model, now):
         if now == epoch + 1:
             raise KeyboardInterrupt
         return {}
 
-    options = extra if "tau" in extra else STOPPED | extra
     settings = fast(**options)
     straight = trained_with(**options)
     places = StoredCheckpoints(Storage(str(tmp_path)))
@@ -280,11 +277,8 @@ def test_stopped_inside_a_region_and_resumed_equals_never_stopped(tmp_path, extr
         fit(run(settings), checkpoints=places, measure=die)
     saved = places.load()
     assert saved["step"] == 15 * epoch
-    if "tau" not in extra:
+    if options["tau"]:
         assert saved["step"] not in rows_of(straight, "step")  # a region has begun
-    if extra.get("overlap") and epoch == 1:  # and a choice is made in the background
-        pools = [saved["hooks"][1][name] for name in ("pool", "coming")]
-        assert any(pool["awaited"] for pool in pools if pool)
     resumed = fit(run(settings), checkpoints=places)
     assert same_weights(straight, resumed)
     assert state_of(straight).history == state_of(resumed).history
@@ -293,7 +287,7 @@ def test_stopped_inside_a_region_and_resumed_equals_never_stopped(tmp_path, extr
     assert sum(bill.backward for bill in straight.bills()) == sum(bill.backward for bill in resumed.bills())
 
 
-@pytest.mark.parametrize("settings", [STOPPED, STOPPED | {"overlap": True}, EACH_STEP], ids=["in line", "ahead", "τ 0"])
+@pytest.mark.parametrize("settings", [STOPPED, EACH_STEP], ids=["τ 0.1", "τ 0"])
 def test_a_budget_that_ends_within_an_epoch_is_spent_to_the_step_and_resumed(tmp_path, settings):
     def die(model, now):
         if now == 3:
@@ -315,38 +309,27 @@ def test_a_budget_that_ends_within_an_epoch_is_spent_to_the_step_and_resumed(tmp
     assert same_weights(trained_with(**settings), fit(replace(run(fast(**settings)), length=4)))
 
 
-def test_overlap_trains_an_interval_more_on_an_expired_pool():
-    in_line, overlapped = (trained_with(tau=1e-9, h=0.1, subset=0.3, overlap=overlap) for overlap in (False, True))
-    assert rows_of(in_line, "step") == list(range(1, 61))
-    assert rows_of(overlapped, "step") == list(range(1, 61, 2))
-    assert not same_weights(in_line, overlapped)
-
-
-@pytest.mark.parametrize("overlap", [False, True])
-def test_the_local_model_begins_at_the_loss_of_its_own_weights(monkeypatch, overlap):
+def test_the_local_model_begins_at_the_loss_of_its_own_weights(monkeypatch):
     apart = []
-    kind = Overlapped if overlap else CrestAlgorithm
-    renew = kind._renew
+    renew = CrestAlgorithm._renew
 
     def watched(algorithm):
         renew(algorithm)
         state, run = algorithm.state, algorithm.loop.run
-        if state.region.expired:  # its pool serves one more interval
-            return
         (chosen,) = state.pool.chosen.values()
         x, y = run.split.batch(chosen.coreset.indices)
         with torch.no_grad():
             losses = F.cross_entropy(run.model(run.split.inputs(x)), y, reduction="none")
         apart.append(abs(state.region.loss - float(chosen.coreset.weights @ losses) / SIZE))
 
-    monkeypatch.setattr(kind, "_renew", watched)
-    fit(run(fast(tau=1e-9, b=1, h=0.1, subset=0.3, overlap=overlap)))  # pools of one coreset
+    monkeypatch.setattr(CrestAlgorithm, "_renew", watched)
+    fit(run(fast(tau=1e-9, b=1, h=0.1, subset=0.3)))  # pools of one coreset
     assert len(apart) > 20 and max(apart) < 1e-5
 
 
 CHANGES = [
     {"order": 1}, {"smoothing": "none"}, {"smoothing": "pool", "model_batches": 3}, {"checked_on": "fresh"},
-    {"settle": 0.0}, {"exclude_after": 5}, {"keep_active": 0.9}, {"exclude_below": 0.0}, {"parameters": "head"},
+    {"settle": 0.0}, {"exclude_after": 5}, {"keep_active": 0.9}, {"exclude_below": 0.0},
     {"model_batches": 0}, {"model_batches": 3}, {"b": 1},
 ]  # fmt: skip
 
@@ -356,11 +339,9 @@ def test_every_switch_switches(change):
     base = {"tau": 0.05, "h": 3, "subset": 0.3, "exclude_every_steps": 5, "exclude_below": 0.5, **ONE_LOW_LOSS}
     trained, other = trained_with(**base), trained_with(**base | change)
     assert rhos(trained) != rhos(other)
-    if change == {"parameters": "head"}:
-        assert len(state_of(other).region.anchor) == sum(p.numel() for p in other.model.head.parameters())
     if change.get("model_batches"):  # the averages are updated per coreset or per pool
         per_pool = 1 if change.get("smoothing") == "pool" else 3
-        assert state_of(other).region.moments.updates == per_pool * state_of(other).updates
+        assert state_of(other).region.moments.updates == per_pool * state_of(other).pool.update
     if change == {"exclude_below": 0.0}:
         assert state_of(other).samples.active.all() and not state_of(trained).samples.active.all()
 
@@ -380,7 +361,7 @@ def test_it_trains_a_transformer_on_texts_with_the_curvature_of_attention():
     x, y = TEXTS.example(N, (9, 40)), torch.arange(N) % 3
     data = Split(take=lambda rows: x[rows].numpy(), y=y, classes=("a", "b", "c"), shape=(9, 40), mean=(), std=())
     trained = fit(run(fast(tau=0.05), data=data, model="transformer", width=16, dropout=0.0))
-    assert state_of(trained).updates > 1
+    assert state_of(trained).pool.update > 1
     assert all(math.isfinite(rho) for rho in rhos(trained))
 
 
@@ -401,7 +382,7 @@ def test_a_model_without_a_second_derivative_needs_order_1():
 
     with pytest.raises(UserError, match=r"CREST's curvature cannot be computed: .* set order = 1"):
         trained(order=2)
-    assert state_of(trained(order=1)).updates
+    assert state_of(trained(order=1)).pool.update
 
 
 class Kept(Hook):
@@ -414,11 +395,11 @@ class Kept(Hook):
         self.batches_seen.append(run.batch)
 
 
-def trained_on_images(**options):
+def trained_on_images():
     """Return the training, its batches, and (subset, coreset) of every choice."""
     pixels = torch.randint(256, (N, 3, 8, 8), generator=generator(0, "pixels"), dtype=torch.uint8)
     data, kept, seen = Split.from_tensors(pixels, torch.arange(N) % 3), Kept(), []
-    options = fast(tau=1e-9, subset=0.3, b=1, **options)
+    options = fast(tau=1e-9, subset=0.3, b=1)
     started = run(options, data=data, hooks=[kept], augment=("crop", "flip"))
     loop = started.hooks[1].loop
     choose = loop.choose
@@ -445,13 +426,6 @@ def test_training_sees_the_augmented_images_of_the_selection():
     torch.testing.assert_close(chosen.losses, losses, rtol=1e-4, atol=1e-5)
 
 
-def test_training_augments_even_if_selection_does_not():
-    run, batches, seen = trained_on_images(augmented=False)
-    assert all(subset.draws.shape == (36, 0) for subset, _ in seen)
-    plain, _ = run.split.batch(batches[0].indices)
-    assert not batches[0].x.equal(run.split.inputs(plain))
-
-
 def test_a_check_on_the_pool_is_free_of_sampling_noise():
     """If the weights hardly move, the loss of the same samples does not either."""
     still = PLAIN.model_copy(update={"lr": 1e-9})
@@ -460,16 +434,15 @@ def test_a_check_on_the_pool_is_free_of_sampling_noise():
     assert max(fresh) > 1e-2
 
 
-@pytest.mark.parametrize("parameters", ["all", "head"])
-def test_the_gradient_of_a_regions_first_step_is_that_of_its_local_model(monkeypatch, parameters):
-    settings = {"tau": 0.05, "h": 2, "subset": 0.3, "curvature": 4, "parameters": parameters}
+def test_the_gradient_of_a_regions_first_step_is_that_of_its_local_model(monkeypatch):
+    settings = {"tau": 0.05, "h": 2, "subset": 0.3, "curvature": 4}
     taken = trained_with(**settings)
     monkeypatch.setattr("raypkg.methods.crest.parallel.trains_as_it_evaluates", lambda model: False)
     computed = fit(run(fast(**settings)))
     assert rhos(taken) == pytest.approx(rhos(computed), abs=1e-4)
     assert same_weights(taken, computed)
     saved = bills_of(computed)["model"].backward - bills_of(taken)["model"].backward
-    assert saved == state_of(taken).updates * SIZE
+    assert saved == state_of(taken).pool.update * SIZE
 
 
 def test_models_that_train_as_they_evaluate():

@@ -12,7 +12,6 @@ import reference
 from raypkg import CrestLoader, Run, Split, build_model, fit
 from raypkg.core.errors import UserError
 from raypkg.coresets.record import Recorder
-from raypkg.coresets.sharded import LiveModel
 from raypkg.data import Data
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.engine.worker import Worker
@@ -27,7 +26,7 @@ CASES = {
     "each-step": {"preset": "each-step"},
     "each-step, busy": {"preset": "each-step", "exclude_every_steps": 7, "exclude_below": 0.4, "exclude_after": 1},
     # Chooses with the weights of an earlier moment. With one coreset, a run fits to the gradient of its next step.
-    "three coresets": {"preset": "fast", "h": 3.0, "parameters": "head", "model_batches": 3},
+    "three coresets": {"preset": "fast", "h": 3.0, "model_batches": 3},
     "released": {"preset": "released", **BUSY},
 }
 every_case = pytest.mark.parametrize("options", CASES.values(), ids=CASES)
@@ -86,7 +85,7 @@ def test_a_bare_loop_gives_the_weights_of_effrays_run_bit_for_bit(options):
     train(model, optimizer, loader)
     data, indices = split(), torch.arange(N)
     shards = LocalShards([Shard(Data(data, data), indices, torch.empty(0, dtype=torch.int64))])
-    hook = Crest(loader.options, shards, lambda model: LiveModel(model, "float32"), indices, SIZE)
+    hook = Crest(loader.options, shards, indices, SIZE)
     training = {"epochs": EPOCHS, "batch_size": SIZE, "lr": 0.05, "precision": "float32", "schedule": "constant"}
     training |= {"nesterov": False, "weight_decay": 0.0}
     run = fit(Run.simple(network(), data, hooks=[Recorder(data.y), hook], augment=(), **training))
@@ -279,7 +278,6 @@ class NotLast(nn.Module):
         ({"tau": -1.0}, "^tau = -1.0"),
         ({"tau": 0.0, "h": 2.0}, r"^tau = 0, .*: h = 2\.0 would do nothing"),
         ({"subset": 0.01}, "^subset = 0.01 of 120 samples is 1, fewer than the 8 of batch_size"),
-        ({"overlap": True}, "overlap = True: this option is of effray's own runs only"),
         ({"dataset": Stream()}, "a data set with a length that gives samples by index, not a Stream"),
         ({"dataset": (torch.ones(3, 5), torch.ones(2))}, r"tensors \(x, y\) of equal lengths, not \[3, 2\]"),
         ({"dataset": Numbered(), "model": ByKeywords(), "collate_fn": reverse}, "must keep it"),

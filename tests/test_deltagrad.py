@@ -18,7 +18,7 @@ from raypkg.methods.deltagrad.history import DIGESTS, RECORDS, History, HistoryW
 from raypkg.methods.deltagrad.journal import Journal
 from raypkg.methods.deltagrad.linearised import Linearised
 from raypkg.methods.deltagrad.objective import Objective, check_derivation, to_vector
-from raypkg.methods.deltagrad.replay import BFGS, ChangedStep, Periodic, Tolerant, replay, retrain
+from raypkg.methods.deltagrad.replay import BFGS, ChangedStep, Periodic, replay, retrain
 from raypkg.methods.deltagrad.run import Membership, joined, settings_digest
 from raypkg.methods.deltagrad.settings import DeltaGradSettings, ReplaySettings, RequestSettings
 from raypkg.models import build_model
@@ -141,19 +141,6 @@ def test_a_batch_of_deleted_samples_only_is_skipped():
     torch.testing.assert_close(steps[-1].after, training.retrained(some)[-1], rtol=0, atol=1e-12)
     back = training.replayed(some, EVERYONE)
     torch.testing.assert_close(back[-1].after, training.retrained(EVERYONE)[-1], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
-@pytest.mark.parametrize("batch_size", [N, 30])
-def test_a_tolerance_holds_at_lower_cost(tolerance, batch_size):
-    training, some = Training(batch_size=batch_size, epochs=40), without(*range(0, 20, 2))
-    rates = [rate for rate, _ in training.batches()]
-    exact_steps = Tolerant(tolerance, sum(rates), DECAY)
-    steps = training.replayed(EVERYONE, some, exact_steps)
-    distance = (steps[-1].after - training.retrained(some)[-1]).norm().item()
-    assert distance <= exact_steps.estimate + 1e-12 and exact_steps.estimate <= tolerance
-    if tolerance == 1e-2:
-        assert sum(step.exact for step in steps) < len(steps) * (0.5 if batch_size == N else 0.8)
 
 
 def test_small_batches_do_not_blow_up():
@@ -343,8 +330,6 @@ def test_contradictory_settings_are_refused():
     for train, message in (({"optimizer": "adamw"}, r"optimizer = adamw"), ({"momentum": 0.9}, r"momentum = 0\.9")):
         with pytest.raises(UserError, match=rf"train\.{message}"):
             DeltaGradSettings(train=train)
-    with pytest.raises(UserError, match=r"replay.tolerance chooses the exact steps: replay.burn_in would do nothing"):
-        ReplaySettings(tolerance=1e-3, burn_in=3)
 
 
 @pytest.mark.parametrize(
@@ -360,13 +345,10 @@ def test_the_settings_of_a_run_are_the_defaults_of_a_request():
     recorded = ReplaySettings(period=3, burn_in=7, pairs=4)
     assert RequestSettings.over(recorded, {}).replay == recorded
     assert RequestSettings.over(recorded, {"replay.period": "2"}).replay == ReplaySettings(period=2, burn_in=7, pairs=4)
-    assert RequestSettings.over(recorded, {"replay.tolerance": "0.1"}).replay == ReplaySettings(tolerance=0.1, pairs=4)
     cut = ReplaySettings(burn_in=6, settled=0.1)
     assert RequestSettings.over(cut, {"replay.period": "2"}).replay == ReplaySettings(period=2, burn_in=6, settled=0.1)
     assert RequestSettings.over(cut, {"replay.burn_in": "2"}).replay == ReplaySettings(burn_in=2)
-    tolerant = ReplaySettings(tolerance=0.1, pairs=4)
-    assert RequestSettings.over(tolerant, {"replay.period": "2"}).replay == ReplaySettings(period=2, pairs=4)
-    assert RequestSettings.over(tolerant, {}).cluster.workers == 0
+    assert RequestSettings.over(recorded, {}).cluster.workers == 0
 
 
 def test_the_digest_covers_only_settings_that_affect_the_recorded_steps():

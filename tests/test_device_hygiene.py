@@ -18,7 +18,6 @@ from raypkg.coresets.budgets import select
 from raypkg.coresets.record import Recorder
 from raypkg.coresets.reselection import Reselection
 from raypkg.coresets.rules import coreset
-from raypkg.coresets.sharded import LiveModel
 from raypkg.data import Data
 from raypkg.data.augment import compose
 from raypkg.data.coreset import Coreset
@@ -148,9 +147,7 @@ def agent(device, samples):
 def crest(device, samples):
     everyone = torch.arange(N)
     shards = LocalShards([Shard(Data(samples, samples), everyone, everyone[:0], device)])
-    return [
-        Crest(CrestOptions(tau=0.05, h=2.0, subset=0.5), shards, partial(LiveModel, precision="float64"), everyone, 16)
-    ]
+    return [Crest(CrestOptions(tau=0.05, h=2.0, subset=0.5), shards, everyone, 16)]
 
 
 TRAININGS = {

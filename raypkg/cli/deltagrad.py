@@ -261,11 +261,9 @@ def _answer(run: RecordedRun, requests: Sequence[Request], settings: RequestSett
     if entry["new"]:
         first, last = (id_at(run.split, position) for position in (first_new, len(run.split) - 1))
         ids = f" (ids {first} … {last})"
-    estimate = "" if entry["estimate"] is None else f", by estimate {entry['estimate']:.1e} from retraining"
     say(
         f"{entry['number']}: {entry['deleted']} deleted, {entry['restored']} put back, {entry['new']} new{ids};"
-        f" {entry['exact']} of {entry['steps']} steps exact, {entry['gradients']:,} gradients,"
-        f" {entry['seconds']:.2f} s{estimate}"
+        f" {entry['exact']} of {entry['steps']} steps exact, {entry['gradients']:,} gradients, {entry['seconds']:.2f} s"
     )
     return entry
 

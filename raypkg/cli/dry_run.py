@@ -122,8 +122,7 @@ def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], stor
         needed = step_memory(model, train, batch, training)
         terms = " + ".join(f"{name} {readable(size)}" for name, size in needed.items())
         yield f"memory of training: {readable(sum(needed.values()))} = {terms}"
-    actors = f"; {settings.actors} actors" if settings.actors else ""
-    yield f"workers: {_workers(settings.cluster)}{actors}"
+    yield f"workers: {_workers(settings.cluster)}"
 
 
 def _workers(cluster: Cluster) -> str:

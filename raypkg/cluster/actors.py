@@ -1,6 +1,5 @@
 """Shards held by Ray actors."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -10,13 +9,11 @@ import torch
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
-from raypkg.engine.shards import LocalShards, Pending, Shard, Shards
+from raypkg.engine.shards import LocalShards, Shard, Shards
 from raypkg.engine.worker import threads
 
 from .capacity import Plan, plan
 from .session import cluster_errors, connect
-
-PATIENCE = 20  # seconds to wait for CPUs
 
 
 class RayShards(Shards):
@@ -39,14 +36,22 @@ class RayShards(Shards):
         self._shards = [ray.put(shard.portable()) for shard in shards]
         self._actors = [actor.remote(size.cpus) for _ in shards]
 
-    def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
-        """Start a ``map``; arguments enter the object store once."""
+    def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
+        """Return ``function(shard, *broadcast)`` of every shard, or its ``UserError``; arguments are stored once."""
         import ray
+        from ray.exceptions import RayActorError, RayTaskError
 
         shared = [ray.put(value) for value in broadcast]
         pairs = zip(self._actors, self._shards, strict=True)
         calls = [actor.apply.remote(function, shard, *shared) for actor, shard in pairs]
-        return lambda: _results(calls)
+        try:
+            return ray.get(calls)
+        except RayActorError as error:
+            raise UserError(f"a shard's actor died too often (cluster.max_failures): {error}") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
 
     def close(self) -> None:
         """End the actors and free what they hold."""
@@ -71,40 +76,6 @@ class Holder:
             device = "cuda" if ray.get_gpu_ids() else "cpu"
             self._opened = replace(shard, device=torch.device(device))
         return function(self._opened, *broadcast)
-
-
-def _results(calls: list[Any]) -> list[Any]:
-    """Wait for the results of calls to actors; a ``UserError`` reaches the caller as the function raised it."""
-    import ray
-    from ray.exceptions import RayActorError, RayTaskError
-
-    try:
-        return ray.get(calls)
-    except RayActorError as error:
-        raise UserError(f"a shard's actor died too often (cluster.max_failures): {error}") from error
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
-
-
-@contextmanager
-def hold_within_worker(shards: Sequence[Shard], cluster: Cluster, setting: str) -> Iterator[Shards]:
-    """Hold each shard on an actor of one CPU, from within a training worker, until the block ends.
-
-    ``setting`` names the setting that gives their number, for the error if the training workers leave too few CPUs.
-    """
-    import ray
-
-    # An earlier attempt of the group may still be ending and hold its CPUs.
-    deadline = time.monotonic() + PATIENCE
-    while (free := int(ray.available_resources().get("CPU", 0))) < len(shards) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    if free < len(shards):
-        left = f"the training workers leave {free} CPUs"
-        raise UserError(f"{setting} = {len(shards)}, but {left}: lower it or cluster.workers")
-    with closing(RayShards(shards, Plan(len(shards), cpus=1, gpus=0), cluster.max_failures)) as remote:
-        yield remote
 
 
 @contextmanager

@@ -40,11 +40,11 @@ class TrialSize:
         return self.plan.workers if self.nested else 0
 
 
-def plan(settings: Cluster, most: int | None = None, actors: int = 0) -> Plan:
+def plan(settings: Cluster, most: int | None = None) -> Plan:
     """Complete the number (at most ``most``, if unset) and size of workers by what the cluster has.
 
-    A GPU trains on more samples a second than a CPU decodes: workers with GPUs divide all CPUs of a node among them,
-    except those of the run's actors, which take one each. More than the cluster has is refused: Ray would wait forever.
+    A GPU trains on more samples a second than a CPU decodes: workers with GPUs divide all CPUs of a node among them.
+    More than the cluster has is refused: Ray would wait forever.
     """
     nodes = _nodes()
     all_gpus = sum(node.get("GPU", 0.0) for node in nodes)
@@ -54,11 +54,10 @@ def plan(settings: Cluster, most: int | None = None, actors: int = 0) -> Plan:
     bound = min(MOST_WORKERS, most or MOST_WORKERS)
     cpus = settings.cpus_without_gpu
     if gpus and settings.cpus_per_worker is None:
-        likely = settings.workers or max(1, min(room(cpus, gpus), bound))
         # A worker's share of its node's CPUs, on the node with the fewest per GPU.
         with_gpus = [node for node in nodes if node.get("GPU", 0.0) >= gpus]
         shares = [node.get("CPU", 0.0) / (node["GPU"] // gpus) for node in with_gpus]
-        cpus = max(1, int(min(shares, default=1.0) - actors / likely))
+        cpus = max(1, int(min(shares, default=1.0)))
     fit = room(cpus, gpus)
     workers = settings.workers or max(1, min(fit, bound))
     if workers > fit:
@@ -69,27 +68,21 @@ def plan(settings: Cluster, most: int | None = None, actors: int = 0) -> Plan:
     return Plan(workers, cpus, gpus)
 
 
-def trial_size(cluster: Cluster, actors: int, concurrent: int | None) -> TrialSize:
+def trial_size(cluster: Cluster, concurrent: int | None) -> TrialSize:
     """Return the resources of a trial on the connected cluster.
 
     A trial of one process without a GPU runs in Tune's own process; any other needs Ray Train. It has one worker by
-    default, and each of its actors takes one CPU. Unless ``concurrent`` is given, as many trials run as fit.
+    default. Unless ``concurrent`` is given, as many trials run as fit.
     """
     if cluster.workers == 0:
         workers = plan(cluster.model_copy(update={"workers": 1, "gpus_per_worker": 0}))
     else:
-        workers = plan(cluster.model_copy(update={"workers": cluster.workers or 1}), actors=actors)
-    slots = room(workers.cpus, workers.gpus)
-    cpus = workers.workers * workers.cpus + actors  # per trial
-    fit = min(slots // workers.workers, int(processors() // cpus))
-    processes = workers.workers + actors
-    if not fit:
-        trial = f"a trial of {workers.workers} workers and {actors} actors"
-        there = f"room for {slots} workers of {workers.cpus} CPU and {workers.gpus:g} GPU, and {processors():g} CPU"
-        raise UserError(f"{trial} does not fit the cluster, which has {there} in all: lower one or the other")
+        workers = plan(cluster.model_copy(update={"workers": cluster.workers or 1}))
+    fit = room(workers.cpus, workers.gpus) // workers.workers
     if concurrent and concurrent > fit:
-        raise UserError(f"--concurrent {concurrent}: the cluster has room for {fit} trials of {processes} processes")
-    nested = processes > 1 or workers.gpus > 0
+        trials = f"{fit} trials of {workers.workers} processes"
+        raise UserError(f"--concurrent {concurrent}: the cluster has room for {trials}")
+    nested = workers.workers > 1 or workers.gpus > 0
     return TrialSize(workers, nested, concurrent or fit)
 
 

@@ -31,7 +31,7 @@ class Workers:
     the function that had not returned: each function must resume from its own checkpoints. With ``cluster.workers = 0``
     functions run in this process, and Ray is not started: ``local`` is then their initial ``worker.local``, such as
     data that it has open. ``report`` receives every row of metrics in this process. Ray Train keeps its own files in
-    ``folder``, reachable from every node. The run starts ``actors`` of one CPU each in addition to its workers.
+    ``folder``, reachable from every node.
     """
 
     def __init__(
@@ -39,13 +39,11 @@ class Workers:
         cluster: Cluster,
         report: Listener,
         folder: str,
-        actors: int = 0,
         local: Mapping[str, Any] | None = None,
     ):
         self._cluster = cluster
         self._report = report
         self._folder = folder
-        self._actors = actors
         self._local = dict(local or {})
         self._most: int | None = None
         self._group: Group | None = None
@@ -81,7 +79,7 @@ class Workers:
             if self._group is None:
                 from .capacity import plan
 
-                size = plan(self._cluster, self._most, self._actors)
+                size = plan(self._cluster, self._most)
                 self._group = Group(size, self._cluster.max_failures, self._report, self._folder)
             return self._group.run(function, *arguments)
 

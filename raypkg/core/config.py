@@ -35,7 +35,7 @@ class Settings(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, serialize_by_alias=True
     )
     renamed: ClassVar[Mapping[str, str]] = {}  # former name of a setting → current name
-    removed: ClassVar[tuple[str, ...]] = ()  # former settings, ignored in stored files
+    removed: ClassVar[Mapping[str, Any]] = {}  # former setting → the value that stored files may have, ... = any
     former: ClassVar[Mapping[str, Any]] = {}  # defaults before there were presets, where they have changed
 
     @model_validator(mode="before")
@@ -269,7 +269,7 @@ def with_current_names(schema: type[Settings], values: Mapping[str, Any]) -> dic
     """Return stored settings of an earlier version, nested or by dotted names, under their current names."""
     current = {}
     for name, value in values.items():
-        if name in schema.removed:
+        if name in schema.removed and schema.removed[name] in (value, ...):
             continue
         now = current_name(schema, name) or name
         field = fields_of(schema).get(now)

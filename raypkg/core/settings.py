@@ -322,11 +322,6 @@ class RunSettings(Settings):
         """Return further settings of a new run, by dotted names, that follow from a run below a root in its values."""
         return {}
 
-    @property
-    def actors(self) -> int:
-        """Ray actors of one CPU each, in addition to the workers."""
-        return 0
-
     def lookups(self) -> list[Lookup]:
         """Return the names in a method's own settings that stand for entries of registries."""
         return []

@@ -1,7 +1,6 @@
 """Data split over holders, on which the same pure functions run in this process, in training workers or on actors."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -51,18 +50,11 @@ class Shard:
         return replace(self, source=data)
 
 
-Pending = Callable[[], list[Any]]  # waits for the results of a map and returns them
-
-
 class Shards(Protocol):
     """Data split over holders; methods see only this interface."""
 
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
         """Return ``function(shard, *broadcast)`` of every shard, in the order of the shards."""
-        return self.start(function, *broadcast)()
-
-    def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
-        """Start a ``map`` and return a function that waits for its results."""
 
 
 class LocalShards:
@@ -70,51 +62,23 @@ class LocalShards:
 
     def __init__(self, shards: Sequence[Shard]):
         self.shards = shards
-        self._thread = ThreadPoolExecutor(1, "shards")
 
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
         """Return ``function(shard, *broadcast)`` of every shard."""
         return [function(shard, *broadcast) for shard in self.shards]
-
-    def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
-        """Start a ``map`` in a thread."""
-        return self._thread.submit(self.map, function, *broadcast).result
 
 
 class WorkerShards:
     """Shards of the workers of a training group, shard r on worker r; all workers call ``map`` together."""
 
     def __init__(self, shards: Sequence[Shard], worker: Worker):
-        mine = shards[worker.rank : worker.rank + 1]  # none for the workers beyond the last shard
-        self._mine = LocalShards(mine)
+        self._mine = shards[worker.rank : worker.rank + 1]  # none for the workers beyond the last shard
         self.worker = worker
 
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
         """Return ``function(shard, *broadcast)`` of every shard to every worker."""
-        results = self._mine.map(function, *broadcast)
-        return self._gathered(results)
-
-    def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
-        """Start a ``map`` in a thread of each worker; all wait for the results together."""
-        pending = self._mine.start(function, *broadcast)
-        return lambda: self._gathered(pending())
-
-    def _gathered(self, results: list[Any]) -> list[Any]:
-        everyone = self.worker.gather(results)
+        everyone = self.worker.gather([function(shard, *broadcast) for shard in self._mine])
         return [result for each in everyone for result in each]
-
-
-class FirstWorkerShards(Shards):
-    """Shards that only rank 0 reaches, such as actors; all workers wait for the results together."""
-
-    def __init__(self, shards: Shards | None, worker: Worker):
-        self._shards = shards
-        self.worker = worker
-
-    def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
-        """Start a ``map`` from rank 0."""
-        pending = self._shards.start(function, *broadcast) if self._shards else list
-        return lambda: self.worker.first(pending())
 
 
 def class_shards(

@@ -89,7 +89,7 @@ def carry_out(
     ray_files = (folder.storage / "ray").uri
     with (
         Report(folder, following, console, listen) as report,
-        Workers(settings.cluster, report, ray_files, settings.actors, local={SAMPLES: samples}) as workers,
+        Workers(settings.cluster, report, ray_files, local={SAMPLES: samples}) as workers,
         exit_is_error("the model, the data or a hook"),
     ):
         entry(settings, samples=samples, report=report, workers=workers)

@@ -137,8 +137,8 @@ def with_workers(settings: R, samples: Samples, stages: Sequence[Stage]) -> tupl
     from raypkg.models import model
 
     cluster = settings.cluster
-    is_open = cluster.workers is None and not settings.actors
-    if not (isinstance(settings, Experiment) and is_open and settings.model.name in model and is_apart(cluster)):
+    is_open = cluster.workers is None and is_apart(cluster)
+    if not (isinstance(settings, Experiment) and is_open and settings.model.name in model):
         return settings, ""
     count = operations(settings, samples, stages)
     if count >= BOUND:

@@ -69,9 +69,9 @@ class Driver:
             from raypkg.cluster.capacity import trial_size
             from raypkg.cluster.session import connect
 
-            processes = (settings.cluster.workers or 1) + settings.actors
-            connect(settings.cluster, dashboard=processes > 1 or torch.cuda.is_available())
-            self.size = trial_size(settings.cluster, settings.actors, study.order.concurrent)
+            workers = settings.cluster.workers or 1
+            connect(settings.cluster, dashboard=workers > 1 or torch.cuda.is_available())
+            self.size = trial_size(settings.cluster, study.order.concurrent)
 
     def waiting(self) -> Trials:
         """Return the trials of this call that are to be run and whose settings are known."""

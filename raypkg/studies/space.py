@@ -30,7 +30,6 @@ NAMES = {
     "scheduler": ("asha", "hyperband", "median", TO_THE_END),
     "search": ("random", "grid", "optuna"),
 }
-ACTORS = "crest.actors"  # all trials of a study are of one size
 EVALUATE = "train.evaluate_every_epochs"  # 1 unless given: schedulers compare trials epoch by epoch
 E = TypeVar("E", bound=Experiment)
 
@@ -94,7 +93,7 @@ def check_space(space: Space, check: Callable[[Values], None]) -> None:
     for name, values in choices.items():
         if name == "preset":  # its values would be those of the shared settings
             raise UserError("space: preset cannot be varied: vary the settings that it stands for, or compare presets")
-        if name.partition(".")[0] in APART or name == ACTORS:
+        if name.partition(".")[0] in APART:
             raise UserError(f"space: {name} does not alter the result and cannot be varied; give it as an option")
         if len(values) > MOST:
             raise UserError(f"space: {name} has {len(values):,} values, of which {MOST:,} can be tried")

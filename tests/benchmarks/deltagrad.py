@@ -32,7 +32,7 @@ from raypkg.methods.deltagrad.history import History, HistoryWriter, Layout
 from raypkg.methods.deltagrad.hook import Historian
 from raypkg.methods.deltagrad.linearised import Linearised
 from raypkg.methods.deltagrad.objective import Objective, to_vector
-from raypkg.methods.deltagrad.replay import Periodic, Tolerant, replay, retrain
+from raypkg.methods.deltagrad.replay import Periodic, replay, retrain
 from raypkg.methods.deltagrad.run import Membership
 from raypkg.methods.deltagrad.settings import ReplaySettings
 from raypkg.models import build_model
@@ -213,21 +213,6 @@ def rows(bench: Bench, repeats: int):
             )  # fmt: skip
 
 
-def tolerances(bench: Bench) -> None:
-    """Delete a hundredth of the samples with exact steps chosen by a tolerance."""
-    everyone = torch.ones(len(bench.split), dtype=torch.bool)
-    some = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(1))[: len(everyone) // 100]
-    fewer = everyone.index_fill(0, some, False)
-    history, retrained = bench.record(everyone), bench.retrain(fewer)
-    horizon = sum(record.rate for record in history)
-    print("\n| tolerance | estimate | distance | exact steps |\n|---|---|---|---|")
-    for tolerance in (1e-2, 1e-3, 1e-4, 1e-5):
-        exact_steps = Tolerant(tolerance, horizon, bench.case.training.weight_decay)
-        replayed, exact = bench.update(history, everyone, fewer, exact_steps)
-        away = (replayed.read(len(replayed)).w - retrained).norm()
-        print(f"| {tolerance:g} | {exact_steps.estimate:.1e} | {away:.1e} | {exact} of {len(history)} |", flush=True)
-
-
 def online(bench: Bench, requests: int) -> None:
     """Delete one sample after another, each update continuing from the last one's history, and retrain each time."""
     now = torch.ones(len(bench.split), dtype=torch.bool)
@@ -356,7 +341,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--standardised", action="store_true", help="pixels of mean 0 and deviation 1")
-    parser.add_argument("--tolerance", action="store_true", help="also choose exact steps by tolerances")
     parser.add_argument("--few-steps", action="store_true", help="also compare burn-ins of a small training")
     parser.add_argument("--together", type=int, default=0, metavar="N", help="also N deletions in one replay")
     parser.add_argument("--at-once", action="store_true", help="also answers of the linearised training")
@@ -369,8 +353,6 @@ def main() -> None:
         for row in rows(bench, given.repeats):
             print("| " + " | ".join(row) + " |", flush=True)
         recording(bench, given.repeats)
-        if given.tolerance:
-            tolerances(bench)
         if given.few_steps:
             few_steps(bench, given.repeats)
         if given.together:

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from raypkg.core.settings import Dataset, Training
-from raypkg.coresets.sharded import LiveModel
 from raypkg.data import load_data
 from raypkg.data.coreset import Coreset
 from raypkg.engine.loop import fit
@@ -33,7 +32,6 @@ SETTINGS = {
     "the paper's (h 1, b 5)": PAPER,
     "h 10, b 1": {**PAPER, "h": 10, "b": 1},
     "h 10, b 1, r 256": {**PAPER, "h": 10, "b": 1, "subset": 256 / 50_000},
-    "the paper's, overlapped": {**PAPER, "overlap": True},
 }
 PARTS = ("train", "select", "model", "check")
 
@@ -53,7 +51,7 @@ def test_a_step_of_crest_against_a_plain_step():
     print(
         f"\nCIFAR-10, resnet20, batches of {BATCH}: {ROUNDS} rounds of {STEPS} steps in turn, medians after the first"
     )
-    print("in plain steps; one thread, and with overlap one more that selects\n")
+    print("in plain steps of one thread\n")
     print(f"{'':<30}{'step':>7}" + "".join(f"{part:>8}" for part in PARTS) + f"{'pools':>7}{'T1':>4}")
     plain = [row["train"] for row in rounds["plain SGD"]]
     for name, rows in rounds.items():
@@ -61,7 +59,7 @@ def test_a_step_of_crest_against_a_plain_step():
         whole = statistics.median(sum(row.values()) for row in ratios)
         cells = "".join(f"{statistics.median(row[part] for row in ratios):>8.2f}" for part in PARTS)
         ends = "".join(
-            f"{crest.algorithm.state.updates:>7}{crest.algorithm.state.region.interval:>4}"
+            f"{crest.algorithm.state.pool.update:>7}{crest.algorithm.state.region.interval:>4}"
             for crest in runs[name].hooks
         )
         print(f"{name:<30}{whole:>7.2f}{cells}{ends}")
@@ -74,7 +72,7 @@ def made(data, settings):
     if settings is not None:
         shards = LocalShards([Shard(data, indices, torch.empty(0, dtype=torch.int64))])
         options = CrestOptions(**{**CrestOptions.former, **settings})
-        crest = Crest(options, shards, lambda model: LiveModel(model, "auto"), indices, BATCH)
+        crest = Crest(options, shards, indices, BATCH)
         crest.steps = STEPS
         hooks.append(crest)
     training = Training(epochs=ROUNDS, batch_size=BATCH, schedule="multistep", milestones=(0.6, 0.85), warmup=0.1)

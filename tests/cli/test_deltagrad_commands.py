@@ -152,11 +152,6 @@ def test_new_samples_are_read_with_the_options_of_the_run(call, effray, refusal)
     assert "trained" in shown.out and "rows.csv' does not exist" in shown.err and shown.code == 2
 
 
-def test_a_tolerance_is_kept(trained):
-    assert "by estimate" in trained("deltagrad delete a --ids 0,1,2 --tolerance 0.001")
-    assert distance(trained("deltagrad verify a")) <= entries()[-1]["estimate"] <= 1e-3
-
-
 def test_tables_are_deleted_by_their_columns(effray, tmp_path):
     rng = np.random.default_rng(0)
     table = pa.table({"age": rng.integers(20, 80, 200), "x": rng.normal(size=200), "label": ["a", "b"] * 100})
@@ -177,7 +172,6 @@ def test_tables_are_deleted_by_their_columns(effray, tmp_path):
     [
         ("delete a", r"give one of --ids, --where and --from-audit"),
         ("delete a --where 'label = 3'", r"delete_where: this would delete the whole class '3', leave one"),
-        ("delete a --ids 1 --tolerance 1 --period 2", r"replay.tolerance chooses the exact steps: replay.period would"),
         ("delete a --ids 1 --workers 2", r"--workers is now called --cluster.workers"),
         ("verify a --threads 2", r"--threads is now called --cluster.cpus_per_worker"),
     ],

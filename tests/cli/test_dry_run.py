@@ -107,9 +107,9 @@ def test_the_plan_tells_data_model_workers_and_place(effray, tmp_path):
     assert told["workers"] == "workers: none, this process with 1 thread"
     assert told["folder"] == f"folder: {tmp_path}/runs/train/one"
     assert "model.safetensors" in told["files"]
-    cluster = "--cluster.workers 3 --cluster.gpus_per_worker 2 --cluster.cpus_per_worker 4 --crest.actors 2"
+    cluster = "--cluster.workers 3 --cluster.gpus_per_worker 2 --cluster.cpus_per_worker 4"
     told = plan(effray(f"crest {cluster} --dry-run"))
-    assert told["workers"] == "workers: 3; 4 threads and 2 GPUs each; 2 actors"
+    assert told["workers"] == "workers: 3; 4 threads and 2 GPUs each"
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,6 @@ from raypkg.studies.study import Order, create_study
         ("select --model-from x --rule grand --memory 1", "grand caches nothing: select.memory = 1 would do nothing"),
         ("train --select.rule ccs --select.fraction 0.5 --select.memory 1", "ccs caches nothing: select.memory = 1"),
         ("crest --train.batch_size 2000", "train.batch_size = 2000: there are only 1295 samples to choose from"),
-        ("crest --crest.actors 2", "crest.actors = 2: give cluster.workers too"),
         ("crest --selection random --crest.tau 0.2", "selection = random: crest.tau = 0.2 belongs to crest"),
         ("crest --selection craig --every_epochs 50", "every_epochs = 50 at most the 40 epochs"),
         ("crest --selection craig --budget 1", "budget = 1 must be below 1"),

@@ -1,9 +1,8 @@
-"""CREST on Ray: the same trajectory for any number of workers and actors, and after a death."""
+"""CREST on Ray: the same trajectory for any number of workers."""
 
 import pyarrow.parquet as pq
-import pytest
 
-from ray_runs import effray, run, same_weights
+from ray_runs import run, same_weights
 from tiny_language import instructions, tiny_language
 
 PLAIN = [
@@ -28,25 +27,14 @@ def same(a, b, tolerance):
     assert picks[0].equals(picks[1])
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    in_line = crest(root, "in-line", "--cluster.workers", "0")
-    overlapped = crest(root, "overlapped", "--cluster.workers", "0", "--crest.overlap", "true")
-    return {"false": in_line, "true": overlapped}
+def test_two_workers_choose_and_train_as_one_process(ray, tmp_path):
+    alone = crest(tmp_path, "alone", "--cluster.workers", "0")
+    same(alone, crest(tmp_path, "others", "--cluster.workers", "2"), tolerance=1e-4)
 
 
-@pytest.mark.parametrize("overlap", ["false", "true"])
-@pytest.mark.parametrize(("workers", "actors", "tolerance"), [("2", "0", 1e-4), ("1", "2", 1e-6)])
-def test_workers_and_actors_choose_and_train_as_one_process(ray, alone, tmp_path, workers, actors, tolerance, overlap):
-    options = ("--cluster.workers", workers, "--crest.actors", actors, "--crest.overlap", overlap)
-    same(alone[overlap], crest(tmp_path, "others", *options), tolerance)
-
-
-@pytest.mark.parametrize("options", [("--cluster.workers", "2"), ("--cluster.workers", "1", "--crest.actors", "2")])
-def test_without_a_local_model_too(ray, tmp_path, options):
+def test_without_a_local_model_too(ray, tmp_path):
     alone = crest(tmp_path, "alone", "--cluster.workers", "0", model=EACH_STEP)
-    others = crest(tmp_path, "others", *options, model=EACH_STEP)
+    others = crest(tmp_path, "others", "--cluster.workers", "2", model=EACH_STEP)
     same_weights(alone, others, tolerance=1e-4)
     # Of two medoids with equal gain, either may come first: a step's samples are the same.
     by_step = [("update", "ascending"), ("index", "ascending")]
@@ -66,16 +54,3 @@ def test_two_workers_choose_for_a_language_model_as_one_process(ray, tmp_path):
     alone = run(tmp_path, "crest", "alone", *options, "--cluster.workers", "0")
     others = run(tmp_path, "crest", "others", *options, "--cluster.workers", "2")
     same_weights(alone, others, tolerance=1e-6)  # not the picks: some samples are equal, and either may be taken
-
-
-def test_a_killed_actor_changes_nothing(ray, alone, tmp_path):
-    marker = tmp_path / "killed"
-    source = ["--dataset", "sabotage:load_and_kill_actor", "--set", f"dataset.options.marker={marker}"]
-    disturbed = crest(tmp_path, "disturbed", *source, "--cluster.workers", "1", "--crest.actors", "2")
-    assert marker.exists()
-    same(alone["false"], disturbed, tolerance=1e-6)
-
-
-def test_more_actors_than_room_is_one_line(ray, tmp_path, capsys):
-    effray("crest", "--root", tmp_path, *PLAIN, "--cluster.workers", "2", "--crest.actors", "2", code=2)
-    assert "crest.actors = 2, but the training workers leave 1 CPUs" in capsys.readouterr().err

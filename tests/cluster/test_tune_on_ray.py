@@ -112,8 +112,6 @@ def test_requests_that_cannot_be_met_are_refused(ray, tmp_path, space, capsys):
     assert "4 workers of 1 CPU and 0 GPU do not fit the cluster" in capsys.readouterr().err
     effray(*options, "--cluster.workers", "2", "--concurrent", "2", code=2)
     assert "--concurrent 2: the cluster has room for 1 trials of 2 processes" in capsys.readouterr().err
-    effray("tune", "crest", "--root", tmp_path, "--cluster.workers", "2", "--crest.actors", "2", code=2)
-    assert "a trial of 2 workers and 2 actors does not fit" in capsys.readouterr().err
     assert not list(tmp_path.glob("t*/*"))
 
 

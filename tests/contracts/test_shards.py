@@ -1,4 +1,4 @@
-"""Every kind of Shards gives what a plain loop over the shards gives, at once and later."""
+"""Every kind of Shards gives what a plain loop over the shards gives, at once."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
 from raypkg.data import Data
 from raypkg.data.split import Split
-from raypkg.engine.shards import FirstWorkerShards, LocalShards, Shard, WorkerShards, class_shards
+from raypkg.engine.shards import LocalShards, Shard, WorkerShards, class_shards
 from raypkg.engine.worker import Worker
 
 N, C = 60, 3
@@ -42,32 +42,22 @@ def of_workers():
     return WorkerShards(held()[:1], Worker())
 
 
-def of_the_first():
-    return FirstWorkerShards(LocalShards(held()), Worker())
-
-
-@pytest.mark.parametrize(
-    ("make", "expected"), [(local, EXPECTED), (of_workers, EXPECTED[:1]), (of_the_first, EXPECTED)]
-)
-def test_map_and_start(make, expected):
+@pytest.mark.parametrize(("make", "expected"), [(local, EXPECTED), (of_workers, EXPECTED[:1])])
+def test_map(make, expected):
     shards = make()
     assert shards.map(sums, *ARGUMENTS) == expected
-    first, second = shards.start(sums, *ARGUMENTS), shards.start(sums, *ARGUMENTS)
-    assert second() == first() == expected
     with pytest.raises(UserError, match="shard 0 refuses"):
         shards.map(refuse)
 
 
 def mapped(worker):
-    """Return what both kinds of shared shards give one of two workers."""
-    mine = WorkerShards(held()[: worker.world], worker)
-    first = FirstWorkerShards(LocalShards(held()) if worker.rank == 0 else None, worker)
-    return [mine.map(sums, *ARGUMENTS), mine.start(sums, *ARGUMENTS)(), first.map(sums, *ARGUMENTS)]
+    """Return what shared shards give one of two workers."""
+    return WorkerShards(held()[: worker.world], worker).map(sums, *ARGUMENTS)
 
 
 @pytest.mark.slow
 def test_two_workers_get_every_result():
-    assert on_workers(2, mapped) == [[EXPECTED[:2], EXPECTED[:2], EXPECTED]] * 2
+    assert on_workers(2, mapped) == [EXPECTED[:2]] * 2
 
 
 @pytest.mark.ray
@@ -76,6 +66,5 @@ def test_actors(ray):
 
     with hold(lambda count: held()[:count], Cluster(workers=3)) as shards:
         assert shards.map(sums, *ARGUMENTS) == EXPECTED
-        assert shards.start(sums, *ARGUMENTS)() == EXPECTED
         with pytest.raises(UserError, match=r"shard \d refuses"):
             shards.map(refuse)

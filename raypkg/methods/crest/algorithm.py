@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 
-from .quadratic import Region, check_interval, covered_parameters, flat, gradient_of, hessian_diagonal, relative_error
+from .quadratic import Region, check_interval, flat, gradient_of, hessian_diagonal, relative_error
 from .selection import ActiveSamples, Chosen, Pool, Subset
 from .settings import CrestOptions
 
@@ -56,7 +56,7 @@ class Loop(ABC):
 
     @abstractmethod
     def derivative(self, derive: Derive, parameters: Sequence[Tensor], samples: Subset, weights: Tensor) -> Tensor:
-        """Return the mean of w · loss in evaluation mode, then its derivative, [1 + p]."""
+        """Return a derivative of the mean of w · loss in evaluation mode, [p]."""
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return a copy of the model's state."""
@@ -81,14 +81,8 @@ class CrestState:
 
     samples: ActiveSamples
     region: Region
-    pool: Pool  # source of the training batches; update 0 before the first step
-    coming: Pool | None = None  # the next pool, chosen while training continues on the expired one
+    pool: Pool  # source of the training batches; update 0 before the first step, then the number of pools so far
     history: list[dict[str, float]] = field(default_factory=list)  # a row per check
-
-    @property
-    def updates(self) -> int:
-        """The number of pools so far."""
-        return (self.coming or self.pool).update
 
 
 class CrestAlgorithm:
@@ -105,7 +99,7 @@ class CrestAlgorithm:
     Differs from the paper: samples are excluded at the first check after T2 steps, none if fewer than 2r would stay.
     With ``model_batches`` above 0, ḡ and H̄ are estimated from so many coresets, and another is computed when drawn,
     with the weights w_l. Where the released code differs from the text there is a setting: ``checked_on``,
-    ``smoothing``, ``augmented``, ``settle``, ``exclude_after`` and ``keep_active``.
+    ``smoothing``, ``settle``, ``exclude_after`` and ``keep_active``.
 
     It chooses m = ``size`` out of the samples ``indices``, int64 [n]; a random subset must hold a batch. ``on_choice``
     receives each new coreset and its pool, in the order of the draws.
@@ -147,73 +141,56 @@ class CrestAlgorithm:
             if region.age == 0 and region.expired:
                 self._renew()
             # An end between two checks leaves the interval to be continued.
-            yield self._drawn(range(self.step, min(self.step + region.interval - region.age, end)))
+            steps = range(self.step, min(self.step + region.interval - region.age, end))
+            pool = self.state.pool
+            yield steps, self._coresets(pool, pool.draw(steps, self.loop.seed))
 
     def trained(self) -> None:
         """Count a step."""
         self.step += 1
         self.state.region.age += 1
 
-    def _drawn(self, steps: range) -> tuple[range, list[Chosen]]:
-        pool = self.state.pool
-        return steps, self.coresets(pool, pool.draw(steps, self.loop.seed))
-
-    def coresets(self, pool: Pool, wanted: Iterable[int]) -> list[Chosen]:
-        """Return coresets of a pool, after computing missing ones with the weights of the pool."""
+    def _coresets(self, pool: Pool, wanted: Iterable[int]) -> list[Chosen]:
+        """Return coresets of a pool, after choosing missing ones and recording the losses of their random subsets."""
         wanted = list(wanted)
-        if missing := pool.missing(wanted):
-            self._choose(pool, missing)
+        if missing := [p for p in dict.fromkeys(wanted) if p not in pool.chosen]:
+            subsets = [self._subset(pool, p) for p in missing]
+            for p, subset, chosen in zip(missing, subsets, self._chosen(pool, subsets), strict=True):
+                pool.chosen[p] = chosen
+                self.state.samples.record(subset.indices, chosen.losses, self.options.exclude_below)
+                self.on_choice(pool, chosen)
         return [pool.chosen[p] for p in wanted]
 
-    def _choose(self, pool: Pool, wanted: Sequence[int], *started: Any) -> None:
-        """Add coresets to a pool, and record the losses of their random subsets."""
-        subsets = [self._subset(pool, p) for p in wanted]
-        for p, subset, chosen in zip(wanted, subsets, self._chosen(pool, subsets, *started), strict=True):
-            pool.chosen[p] = chosen
-            self.state.samples.record(subset.indices, chosen.losses, self.options.exclude_below)
-            self.on_choice(pool, chosen)
-
-    def _chosen(self, pool: Pool, subsets: Sequence[Subset], *started: Any) -> list[Chosen]:
-        return self.loop.choose(subsets, pool.weights, *started)
+    def _chosen(self, pool: Pool, subsets: Sequence[Subset]) -> list[Chosen]:
+        return self.loop.choose(subsets, pool.weights)
 
     def _subset(self, pool: Pool, p: int) -> Subset:
         """Return the random subset V_p of a pool."""
         return pool.subset(p, self.subset_size, self.loop.augment, self.loop.seed)
 
     def _renew(self) -> None:
-        """Replace the expired pool by one chosen with the present weights w_l."""
-        self._use(self._new_pool())
-
-    def _new_pool(self) -> Pool:
-        state, options = self.state, self.options
+        """Replace the expired pool by one chosen with the present weights w_l, and fit the local model of the loss."""
+        state, region, options = self.state, self.state.region, self.options
         size, weights = 1, None
         if options.tau:
-            size = options.b * state.region.interval  # P = b·T1
-            if options.model_batches or options.overlap:  # coresets are chosen later, and training continues in place
+            size = options.b * region.interval  # P = b·T1
+            if options.model_batches:  # coresets are chosen later, and training continues in place
                 weights = self.loop.weights()
-        return Pool(state.updates + 1, size, state.samples.candidates, weights)
-
-    def _use(self, pool: Pool, *, chosen_earlier: bool = False) -> None:
-        """Train on a pool from now on, and fit the local model of the loss at the present weights w_l to its coresets.
-
-        If it was chosen earlier, the weights have moved since its losses were computed.
-        """
-        region, options = self.state.region, self.options
+        pool = Pool(state.pool.update + 1, size, state.samples.candidates, weights)
         # Coresets that training draws come first: they are chosen anyway, the others only for the local model.
         first = dict.fromkeys(pool.draw(range(self.step, self.step + region.interval), self.loop.seed))
-        drawn = self.coresets(pool, first)
+        drawn = self._coresets(pool, first)
         if options.tau:
             others = (p for p in range(pool.size) if p not in first)
-            fitted_on = self.coresets(pool, islice(chain(first, others), options.model_batches or None))
-            if len(fitted_on) == 1 and not chosen_earlier and self.loop.gives_gradients:
+            fitted_on = self._coresets(pool, islice(chain(first, others), options.model_batches or None))
+            if len(fitted_on) == 1 and self.loop.gives_gradients:
                 self.awaits_gradient = True  # training computes it anyway, at the next step
             else:
-                loss_now = self._fit(fitted_on, pool.update)
-                region.drift = loss_now - _mean_loss(fitted_on) if chosen_earlier else 0.0
+                self._fit(fitted_on, pool.update)
             region.anchor = flat(self._covered)  # w_l
-            region.loss = _mean_loss(drawn) + region.drift
+            region.loss = sum(chosen.loss for chosen in drawn) / len(drawn)
             region.expired = False
-        self.state.pool = pool
+        state.pool = pool
 
     def on_gradients(self) -> None:
         """Fit the local model of a new region, if it awaits that, to the gradients of its first step, at w_l."""
@@ -225,23 +202,19 @@ class CrestAlgorithm:
         (first,) = pool.draw(range(self.step, self.step + 1), self.loop.seed)
         self._fit([pool.chosen[first]], pool.update, gradient)
 
-    def _fit(self, coresets: Sequence[Chosen], update: int, known: Tensor | None = None) -> float:
-        """Update ḡ and H̄ with the derivatives of the mean of w · loss over coresets, and return that mean.
+    def _fit(self, coresets: Sequence[Chosen], update: int, known: Tensor | None = None) -> None:
+        """Update ḡ and H̄ with the derivatives of the mean of w · loss over coresets.
 
         Each coreset updates them, or all together (``options.smoothing``). ``update`` is l, the number of the pool.
-        ``known`` is the gradient if training has just computed it for the only coreset; the mean is that of the choice.
+        ``known`` is the gradient if training has just computed it for the only coreset.
         """
         region, options = self.state.region, self.options
         moments = region.moments
         groups = [[coreset] for coreset in coresets] if options.smoothing == "coreset" else [coresets]
-        losses = []
         for number, group in enumerate(groups):
             samples = Subset.concat([chosen.samples for chosen in group])
             weights = torch.cat([chosen.coreset.weights for chosen in group])
-            gradient, loss = known, _mean_loss(group)
-            if gradient is None:
-                gradient, loss = self._derivative(gradient_of, samples, weights)
-
+            gradient = self._derivative(gradient_of, samples, weights) if known is None else known
             diagonal = None
             if options.order == 2:
                 # A double backward pass is the most expensive part of CREST, so some of the samples give the curvature.
@@ -257,27 +230,25 @@ class CrestAlgorithm:
 
                 try:
                     with sdpa_kernel(SDPBackend.MATH):  # fused kernels of attention have no second derivative
-                        diagonal, _ = self._derivative(estimate, samples[some], weights[some])
+                        diagonal = self._derivative(estimate, samples[some], weights[some])
                 except RuntimeError as error:
                     if "derivative for" not in str(error):
                         raise
                     raise UserError(f"CREST's curvature cannot be computed: {error}; set order = 1") from None
             moments = moments.updated(gradient, diagonal)
-            losses.append(loss)
 
         region.moments = moments
         if self.step >= options.settle * self.loop.steps and not region.first_curvature:
             region.first_curvature = self.loop.agreed(region.curvature)  # ‖H̄_0‖
-        return sum(losses) / len(losses)
 
-    def _derivative(self, derive: Derive, samples: Subset, weights: Tensor) -> tuple[Tensor, float]:
-        """Return a derivative of the mean of w · loss [p], and that mean."""
+    def _derivative(self, derive: Derive, samples: Subset, weights: Tensor) -> Tensor:
+        """Return a derivative of the mean of w · loss, [p]."""
         total = self.loop.derivative(derive, self._covered, samples, weights)
         if not total.isfinite().all():
             raise UserError(
                 f"step {self.step}: the derivatives of CREST's model are not finite: lower the learning rate"
             )
-        return total[1:], float(total[0])
+        return total
 
     def _check(self) -> None:
         """Compare the local model with the loss of a random subset; expire it if ρ > τ; exclude learned samples."""
@@ -296,7 +267,7 @@ class CrestAlgorithm:
             known = sorted(pool.chosen)
             p = known[int(torch.randint(len(known), (), generator=rng))]
             subset = self._subset(pool, p)
-            loss_before = float(pool.chosen[p].losses.mean()) + region.drift
+            loss_before = float(pool.chosen[p].losses.mean())
         losses = self.loop.losses(subset)
         samples.record(subset.indices, losses, options.exclude_below)
         loss = float(losses.mean())  # L^r(w)
@@ -319,7 +290,7 @@ class CrestAlgorithm:
 
     @property
     def _covered(self) -> list[Tensor]:
-        return covered_parameters(self.loop.model, self.options.parameters)
+        return [parameter for parameter in self.loop.model.parameters() if parameter.requires_grad]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, which may lie inside a region, as tensors and plain values."""
@@ -331,9 +302,4 @@ class CrestAlgorithm:
         values["samples"] = ActiveSamples(**values["samples"])
         values["region"] = Region.restored(values["region"])
         values["pool"] = Pool.restored(values["pool"])
-        values["coming"] = values["coming"] and Pool.restored(values["coming"])
         self.state = CrestState(**values)
-
-
-def _mean_loss(coresets: Sequence[Chosen]) -> float:
-    return sum(chosen.loss for chosen in coresets) / len(coresets)

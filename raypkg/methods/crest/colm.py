@@ -266,7 +266,7 @@ class Colm(CrestAlgorithm):
             )
         return last
 
-    def _chosen(self, pool: Pool, subsets: Sequence[Subset], *_: Any) -> list[Chosen]:
+    def _chosen(self, pool: Pool, subsets: Sequence[Subset]) -> list[Chosen]:
         (subset,) = subsets  # every step has a pool of its own
         last, compute, direction = self.last, self.last.exact, None
         if self.options.gradient == "estimate":

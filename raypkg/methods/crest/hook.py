@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from raypkg.data.coreset import Coreset
 from raypkg.engine.batches import Batch, Epoch, ahead, dtype_of, training_batch
 from raypkg.engine.hooks import Hook, Results, Selected, hook
 from raypkg.engine.run import Run
-from raypkg.engine.shards import Shards
+from raypkg.engine.shards import Shard, Shards, WorkerShards
 from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.training import Job
@@ -30,7 +29,7 @@ from raypkg.experiments.training import Job
 from . import plots
 from .algorithm import CrestAlgorithm
 from .colm import Colm, check_kind
-from .parallel import Overlapped, RunLoop, ToScorer, choosers
+from .parallel import RunLoop
 from .selection import Chosen, Pool
 from .settings import CrestOptions
 
@@ -45,24 +44,21 @@ log = logging.getLogger(__name__)
 class Crest(Hook):
     """Training on mini-batch coresets (CREST, arXiv:2306.01244), as ``CrestAlgorithm`` chooses them.
 
-    With ``overlap``, which is not in the paper, an expired pool is used for T1 more steps while the next is chosen.
-
     It trains on batches of ``size`` = m out of the samples ``indices``, int64 [n]. Each shard has all samples and
-    chooses a share; ``scorer`` brings a model into the form that shards take.
+    chooses a share.
     """
 
     priority = 0
 
-    def __init__(self, options: CrestOptions, shards: Shards, scorer: ToScorer, indices: Tensor, size: int):
+    def __init__(self, options: CrestOptions, shards: Shards, indices: Tensor, size: int):
         self.options = options
         self.indices = indices
         self.steps = -(-len(indices) // size)  # per epoch, as on all samples
-        self.loop = RunLoop(shards, scorer, options, size)
-        kind = Colm if options.choose == "colm" else Overlapped if options.overlap else CrestAlgorithm
+        self.loop = RunLoop(shards, size)
+        kind = Colm if options.choose == "colm" else CrestAlgorithm
         self.algorithm = kind(options, self.loop, indices, size, on_choice=self._note_choice)
         self.counts = torch.zeros(int(indices.max()) + 1, dtype=torch.int32)  # steps that trained on each sample
         self.picked: list[Tensor] = []  # (update, sample) of every choice, each int32 [2, ·]
-        self.closing = ExitStack()  # ends the actors
 
     def on_start(self, run: Run) -> None:
         """Refuse a model of another kind."""
@@ -85,12 +81,9 @@ class Crest(Hook):
 
         def load(job: tuple[int, Chosen]) -> Batch:
             step, chosen = job
-            rng = generator(run.seed, "crest batch", step)
-            shuffled = chosen.shuffled(rng)  # they spread over the workers' slices
-            uniforms = shuffled.draws
-            if not self.options.augmented:
-                uniforms = torch.rand(len(uniforms), augment.draws, generator=rng)
-            return training_batch(run.split, shuffled.coreset, augment, uniforms, run.worker, dtype_of(run.model))
+            shuffled = chosen.shuffled(generator(run.seed, "crest batch", step))  # they spread over workers' slices
+            coreset, uniforms = shuffled.coreset, shuffled.draws
+            return training_batch(run.split, coreset, augment, uniforms, run.worker, dtype_of(run.model))
 
         for steps, drawn in self.algorithm.intervals(end):
             batches = ahead(load, zip(steps, drawn, strict=True))
@@ -125,24 +118,20 @@ class Crest(Hook):
         }
         pictures: dict[str, Callable[[Path], None]] = {"minibatches": partial(plots.minibatches, difficulty, steps)}
         if self.options.tau:
-            found = f"CREST chose {state.updates} pools of mini-batch coresets: see plots/regions.png"
+            found = f"CREST chose {state.pool.update} pools of mini-batch coresets: see plots/regions.png"
             pictures["regions"] = partial(plots.checks, state.history, self.options.tau)
         else:
-            found = f"CREST chose a mini-batch coreset for each of {state.updates} steps: see plots/minibatches.png"
+            found = f"CREST chose a mini-batch coreset for each of {state.pool.update} steps: see plots/minibatches.png"
         used = self.counts.nonzero()[:, 0]
         times = self.counts[used]
         trained_on = Coreset(used, times / times.float().mean())
         return Results(
-            facts={"pools": state.updates},
+            facts={"pools": state.pool.update},
             findings=[found, *_warnings(run.model)],
             tables=tables,
             plots=pictures,
             selected=Selected(trained_on, {"method": "crest", **self.options.model_dump()}, self.indices),
         )
-
-    def close(self) -> None:
-        """End the actors."""
-        self.closing.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, which may lie inside a region, as tensors and plain values."""
@@ -166,8 +155,7 @@ def _warnings(model: nn.Module) -> list[str]:
 def crest(*, job: Job, worker: Worker, samples: Samples, options: CrestOptions = DEFAULTS) -> Crest:
     """Train on mini-batch coresets, renewed at every step or when a local model of the loss expires."""
     options.check(job.samples_used(samples), job.training, job.experiment)
-    with ExitStack() as opened:
-        shards, scorer = opened.enter_context(choosers(worker, job, samples, options))
-        made = Crest(options, shards, scorer, samples.train_indices, job.training.batch_size)
-        made.closing = opened.pop_all()
-    return made
+    # Every worker holds all samples, so that they share the subsets of a pool by rank.
+    data, indices, held_out = samples
+    shards = [Shard(data, indices, held_out, worker.device, rank, worker.world) for rank in range(worker.world)]
+    return Crest(options, WorkerShards(shards, worker), indices, job.training.batch_size)

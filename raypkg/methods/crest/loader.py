@@ -37,11 +37,9 @@ from raypkg.models.language import LanguageModel
 
 from .algorithm import CHUNK, Compute, CrestAlgorithm, Derive, Loop
 from .colm import Colm, check_kind
-from .quadratic import covered_parameters, weighted_derivative
+from .quadratic import weighted_derivative
 from .selection import Chosen, Subset, choose_minibatches
 from .settings import CrestOptions, CrestSettings
-
-OF_RUNS = ("augmented", "overlap", "actors", "memory")  # options of effray's own loop
 
 
 class CrestLoader:
@@ -70,7 +68,7 @@ class CrestLoader:
         seed: of all draws.
         options: ``crest.*`` of `effray crest`: choose ("colm"), gradient, tau (τ; 0 = every step chooses), h, b,
             subset (r/n, "2m" or "4m"), checked_on, exclude_every_steps (T2), exclude_below (α), exclude_after,
-            keep_active, order, smoothing, settle, model_batches, curvature, parameters.
+            keep_active, order, smoothing, settle, model_batches, curvature.
 
     Raises:
         UserError: unknown preset or option, a value out of range, fewer samples than a batch, samples without labels, a
@@ -105,8 +103,6 @@ class CrestLoader:
             raise UserError("CrestLoader needs the length of the training: give either epochs or steps")
         length = {"steps": steps} if epochs is None else {"epochs": epochs}
         check_count("CrestLoader", batch_size=batch_size, **length)
-        for name in options.keys() & set(OF_RUNS):
-            raise UserError(f"CrestLoader's {name} = {options[name]!r}: this option is of effray's own runs only")
         values = with_preset(CrestSettings, {}, {"preset": preset})
         of_preset = {name[6:]: value for name, value in values.items() if name.startswith("crest.")}
         self.options = load_settings(CrestOptions, None, of_preset | options)
@@ -119,7 +115,7 @@ class CrestLoader:
         check_kind(model, self.options.choose)
         causal = self.options.choose == "colm"
         self.loop = DatasetLoop(TappedByForm(model), data, n, batch_size, seed, total, collate_fn, causal)
-        if not covered_parameters(self.loop.model, self.options.parameters):
+        if not any(parameter.requires_grad for parameter in model.parameters()):
             raise UserError(f"{type(model).__name__} has no parameter to train for CREST's local model")
         kind = Colm if self.options.choose == "colm" else CrestAlgorithm
         self.algorithm = kind(self.options, self.loop, torch.arange(n), batch_size)
@@ -181,7 +177,7 @@ class CrestLoader:
         rhos = [row["rho"] for row in state.history if "rho" in row]
         return {
             "step": self.algorithm.step,
-            "pools": state.updates,
+            "pools": state.pool.update,
             "checks": len(rhos),
             "expired": sum(rho > tau for rho in rhos),
             "rho": rhos[-1] if rhos else None,
@@ -272,7 +268,7 @@ class DatasetLoop(Loop):
         return head_view(model, (on_device(batch, device) for batch in self.load(batches, part)))
 
     def derivative(self, derive: Derive, parameters: Sequence[Tensor], samples: Subset, weights: Tensor) -> Tensor:
-        """Return the mean of w · loss in evaluation mode, then its derivative, [1 + p]."""
+        """Return a derivative of the mean of w · loss in evaluation mode, [p]."""
         device = parameters[0].device
         loaded = self.load(samples.indices.split(self.size), "model", backward=True)
         batches = (on_device(batch, device) for batch in loaded)

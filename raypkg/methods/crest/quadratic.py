@@ -3,7 +3,7 @@
     F(δ) = L(w_l) + ḡᵀδ + ½ δᵀ diag(H̄) δ,      δ = w − w_l
 
 ḡ and H̄ are moving averages of gradients and of Hutchinson's estimates of the Hessian's diagonal. Vectors hold all
-parameters that the model covers, one after another, float32 [p].
+trained parameters, one after another, float32 [p].
 """
 
 import math
@@ -59,16 +59,14 @@ def weighted_derivative(
     derive: Callable[[Tensor, Sequence[Tensor]], Tensor],
     parameters: Sequence[Tensor],
 ) -> Tensor:
-    """Return Σ w · loss / count over batches (x, y) with weights w [b], then its derivative, [1 + p].
+    """Return a derivative of Σ w · loss / count over batches (x, y) with weights w [b], [p].
 
     ``derive`` returns a derivative that is linear in the loss, so that those of the batches add up.
     """
-    entries = sum(parameter.numel() for parameter in parameters)
-    total = torch.zeros(1 + entries, device=parameters[0].device)
+    total = torch.zeros(sum(parameter.numel() for parameter in parameters), device=parameters[0].device)
     for (x, y), w in zip(batches, weights, strict=True):
         losses = F.cross_entropy(logits(x).float(), y, reduction="none")  # [b]
-        loss = losses @ w.float() / count
-        total += torch.cat([loss.detach()[None], derive(loss, parameters)])
+        total += derive(losses @ w.float() / count, parameters)
     return total
 
 
@@ -111,7 +109,6 @@ class Region:
     moments: MovingMoments  # over all regions so far
     anchor: Tensor  # w_l [p]
     loss: float = 0.0  # L(w_l)
-    drift: float = 0.0  # change of the loss at w_l since the pool was chosen; 0 unless chosen earlier
     expired: bool = True  # by the latest check; True before the first fit
     interval: int = 1  # T1
     age: int = 0  # steps since the last check
@@ -161,12 +158,6 @@ def check_interval(h: float, first: float, now: float) -> int:
     if now > 0 and first > 0:
         return math.ceil(h * first / now)
     return math.ceil(h)
-
-
-def covered_parameters(model: nn.Module, which: str) -> list[Tensor]:
-    """Return the parameters that the local model covers: all that are trained, or those of the ``head``."""
-    module = model.get_submodule("head") if which == "head" else model
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def trains_as_it_evaluates(model: nn.Module) -> bool:

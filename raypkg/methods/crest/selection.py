@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 
 from .settings import CrestOptions
+
+CACHED = 2**30  # bytes of cached distances: all of those of a subset of 16,000 samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,15 +93,12 @@ class Chosen:
         return replace(self, coreset=coreset, draws=self.draws[order])
 
 
-def choose_minibatches(subsets: Sequence[Subset], view: HeadView, size: int, *, memory: int = 2**30) -> list[Chosen]:
-    """Choose m = ``size`` of the samples V of each random subset.
-
-    The view is of all subsets, one after another; ``memory`` bounds the bytes of cached distances.
-    """
+def choose_minibatches(subsets: Sequence[Subset], view: HeadView, size: int) -> list[Chosen]:
+    """Choose m = ``size`` of the samples V of each random subset; the view is of all subsets, one after another."""
     sizes = [len(subset) for subset in subsets]
     chosen = []
     for subset, logits, y in zip(subsets, view.logits.split(sizes), view.y.split(sizes), strict=True):
-        picked = minibatch_coreset(logit_gradients(logits, y), size, memory=memory)
+        picked = minibatch_coreset(logit_gradients(logits, y), size)
         losses = F.cross_entropy(logits, y, reduction="none")  # [r]
         loss = float(picked.weights @ losses[picked.indices]) / len(picked)
         medoids = subset[picked.indices]
@@ -112,7 +111,7 @@ def logit_gradients(logits: Tensor, y: Tensor) -> HeadView:
     return HeadView(logits, logits.new_empty(len(y), 0), y)
 
 
-def minibatch_coreset(view: HeadView, size: int, *, memory: int = 2**30) -> Coreset:
+def minibatch_coreset(view: HeadView, size: int) -> Coreset:
     """Choose medoids of the logit gradients of a random subset V, each weighted by the size of its cluster.
 
         S = argmin Σ_{i∈V} min_{j∈S} ‖(p_i − e_i) − (p_j − e_j)‖,  |S| = m        w_j = γ_j · m/r
@@ -127,7 +126,7 @@ def minibatch_coreset(view: HeadView, size: int, *, memory: int = 2**30) -> Core
     """
     if size >= len(view):
         return Coreset.uniform(torch.arange(len(view)))
-    distances = Distances(view, memory=memory)
+    distances = Distances(view, memory=CACHED)
     medoids = facility_location(distances, size)
     shares = cluster_shares(distances, medoids)  # γ_j
     weights = shares * size / len(view)  # their mean is 1, as in every coreset
@@ -192,7 +191,6 @@ class Pool:
     candidates: Tensor  # the active samples, from which random subsets are drawn
     weights: Mapping[str, Tensor] | None  # state of the model that chooses; None: the model as it is
     chosen: dict[int, Chosen] = field(default_factory=dict)  # p → the coreset, for those computed so far
-    awaited: list[int] = field(default_factory=list)  # p of those that are being computed in the background
 
     def subset(self, p: int, count: int, augment: Sequence[str], seed: int) -> Subset:
         """Return the random subset V_p, the same at every call."""
@@ -204,10 +202,6 @@ class Pool:
         # One generator per step: its draw does not depend on where an interval or a resumed training begins.
         generators = (generator(seed, "crest draw", step) for step in steps)
         return [int(torch.randint(self.size, (), generator=rng)) for rng in generators]
-
-    def missing(self, wanted: Iterable[int]) -> list[int]:
-        """Return each wanted p that is not computed yet, once."""
-        return [p for p in dict.fromkeys(wanted) if p not in self.chosen]
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> Pool:

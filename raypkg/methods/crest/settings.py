@@ -10,7 +10,6 @@ from raypkg.core.config import Settings
 from raypkg.core.errors import UserError
 from raypkg.core.presets import FORMER, PUBLISHED, PresetName, departures, presets_of
 from raypkg.core.settings import (
-    CacheGiB,
     Count,
     Epochs,
     Experiment,
@@ -24,7 +23,7 @@ from raypkg.core.settings import (
 BATCHES = 4  # in a random subset of "4m" and by default
 SUBSET = 0.01  # r/n in the paper
 OF_THE_MODEL = (  # options of the local model, without effect at τ = 0
-    "h", "b", "checked_on", "order", "smoothing", "model_batches", "curvature", "parameters", "overlap",
+    "h", "b", "checked_on", "order", "smoothing", "model_batches", "curvature",
 )  # fmt: skip
 
 
@@ -32,7 +31,9 @@ class CrestOptions(Settings):
     """Mini-batch coresets and the local model that renews them."""
 
     renamed: ClassVar[Mapping[str, str]] = {"drop_every": "exclude_every_steps", "alpha": "exclude_below"}
-    removed: ClassVar[tuple[str, ...]] = ("look",)
+    removed: ClassVar[Mapping[str, Any]] = {
+        "look": ..., "augmented": True, "parameters": "all", "overlap": False, "actors": 0, "memory": False,
+    }  # fmt: skip
     former: ClassVar[Mapping[str, Any]] = {
         "tau": 0.0, "subset": "4m", "checked_on": "pool", "exclude_after": 5, "keep_active": 0.8,
         "smoothing": "coreset", "settle": 0.05, "model_batches": 1, "curvature": False,
@@ -59,7 +60,6 @@ class CrestOptions(Settings):
         Literal["pool", "fresh"],
         Field(description="samples of a check: a subset of the pool, whose loss at w_l is known, or a fresh one"),
     ] = "fresh"
-    augmented: Annotated[bool, Field(description="select among augmented images, as they are trained on")] = True
     exclude_every_steps: Annotated[Count, Field(description="T2: steps between exclusions of learned samples")] = 20
     exclude_below: Annotated[
         float, Field(ge=0, description="α: a loss up to α counts as learned; 0 = exclude none")
@@ -83,28 +83,14 @@ class CrestOptions(Settings):
     curvature: Annotated[
         int | None, Field(ge=0, description="samples that give the curvature; 0 = all, false = a quarter of a batch")
     ] = 0
-    parameters: Annotated[
-        Literal["all", "head"],
-        Field(description="parameters in the local model; head = the last layer only, for large networks"),
-    ] = "all"
-    overlap: Annotated[
-        bool, Field(description="select in the background, on another core, with the weights of the previous check")
-    ] = False
-    actors: Annotated[
-        int, Field(ge=0, description="Ray actors of one CPU each that select; 0 = the training workers do")
-    ] = 0
-    memory: CacheGiB = None
 
     @model_validator(mode="after")
     def _of_one_choice(self) -> Self:
         """Refuse options of another choice."""
         if self.choose == "colm" and self.tau:
             raise UserError(f"crest.choose = colm: crest.tau = {self.tau:g} must be 0, as every step chooses")
-        others = ("actors", "memory") if self.choose == "colm" else ("gradient",)
-        for name in others:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                value = getattr(self, name)
-                raise UserError(f"crest.choose = {self.choose}: crest.{name} = {value} would do nothing")
+        if self.choose == "logits" and self.gradient != "estimate":
+            raise UserError(f"crest.choose = logits: crest.gradient = {self.gradient} would do nothing")
         return self
 
     @model_validator(mode="after")
@@ -139,7 +125,7 @@ class CrestOptions(Settings):
         return size
 
     def check(self, n: int, training: Training, experiment: Experiment) -> None:
-        """Refuse what n training samples, the loss or the cluster do not allow."""
+        """Refuse what n training samples or the loss do not allow."""
         self.subset_size(n, training.batch_size)
         if training.label_smoothing:
             raise UserError(
@@ -147,8 +133,6 @@ class CrestOptions(Settings):
                 " cross-entropy and models that loss, so its coresets would not be of what is trained"
             )
         experiment.dataset.refuse_streamed("CREST")
-        if self.actors and not experiment.cluster.workers:
-            raise UserError(f"crest.actors = {self.actors}: give cluster.workers too, 1 or more, so that both fit")
 
 
 class CrestTrain(Train):
@@ -204,11 +188,6 @@ class CrestSettings(Experiment):
     def epochs(self) -> int:
         """Epochs to train: those of the budget, or all of them if each is on a coreset of the budget's size."""
         return ceil(self.within) if self.by_batches else self.train.epochs
-
-    @property
-    def actors(self) -> int:
-        """Actors that select."""
-        return self.crest.actors
 
     @property
     def reselection(self) -> Reselect:

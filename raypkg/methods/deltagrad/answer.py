@@ -25,7 +25,7 @@ from raypkg.engine.worker import threads
 from .history import History, HistoryWriter, check_room, history_folder
 from .journal import Change, Entry, group_sizes
 from .objective import Objective
-from .replay import ChangedStep, Periodic, Tolerant, replay, retrain
+from .replay import ChangedStep, Periodic, replay, retrain
 from .run import Membership, RecordedRun, joined
 from .settings import RequestSettings
 
@@ -46,7 +46,6 @@ def answer(
     started = time.perf_counter()
     history = run.history()
     total = len(history)
-    train = run.settings.train
 
     # Who was in use, and who will be. New samples get the next ids and a place in a batch of every epoch.
     everyone = run.split
@@ -60,13 +59,7 @@ def answer(
         before[newcomers] = False
 
     chosen = settings.replay
-    exact_steps: Periodic | Tolerant
-    if chosen.tolerance is None:
-        exact_steps = Periodic(chosen.period, *chosen.beginning(total))
-    else:
-        horizon = sum(step.rate for step in history)
-        exact_steps = Tolerant(chosen.tolerance, horizon, train.weight_decay)
-
+    exact_steps = Periodic(chosen.period, *chosen.beginning(total))
     folder = history_folder(run.storage, len(run.journal.entries))
     check_room(folder, history.layout, total)
     exact = 0
@@ -79,7 +72,7 @@ def answer(
             changed_steps(history, membership, before, change.now),
             gradient,
             exact_steps,
-            decay=train.weight_decay,
+            decay=run.settings.train.weight_decay,
             pairs=chosen.pairs,
             convex=run.objective.linear,
         )
@@ -94,16 +87,12 @@ def answer(
         w = step.after
         sealed = writer.seal(w)
 
-    estimate = exact_steps.estimate
-    if estimate is not None and history.layout.dtype.itemsize <= 4:  # a record in float32 has lost digits of w
-        estimate += torch.finfo(torch.float32).eps * w.norm().item()
     facts = {
         "samples": int(change.now.sum()),
         "history": sealed,
         "steps": total,
         "exact": exact,
         "gradients": gradient.samples,
-        "estimate": estimate,
     }
     return run.commit(change, w, facts, started)
 

@@ -44,7 +44,7 @@ LEFT_BEHIND = {"versions", "added", MODEL, CONFIG, BATCHES}  # by a training tha
 PARTS = {  # the constructor's arguments among the settings of `effray deltagrad train`
     "dataset": ("scale",),
     "train": ("epochs", "batch_size", "lr", "weight_decay", "schedule", "milestones", "lr_drop"),
-    "replay": ("period", "burn_in", "pairs", "tolerance"),
+    "replay": ("period", "burn_in", "pairs"),
 }
 
 
@@ -86,7 +86,6 @@ class DeltaGrad:
         period: T0: every T0-th step of a replay is exact; 1 = all.
         burn_in: j0: exact steps at the start; None = 20, at most a third of the steps.
         pairs: m: pairs in the approximation of the Hessian.
-        tolerance: largest estimated distance from the retrained weights, instead of ``period`` and ``burn_in``.
         seed: of the first weights and the batches.
         history: new local folder for the record and the samples, in which every change is durable; None = a temporary
             folder, deleted with the object.
@@ -124,7 +123,6 @@ class DeltaGrad:
         period: int = 5,
         burn_in: int | None = None,
         pairs: int = 2,
-        tolerance: float | None = None,
         seed: int = 0,
         history: str | os.PathLike[str] | None = None,
     ):

@@ -111,7 +111,7 @@ class HeadRecord:
         Args:
             X: inputs of the head by row number, [n, D].
             y: labels 0 … C − 1, [n].
-            replay: ``period``, ``burn_in``, ``pairs`` or ``tolerance`` of `DeltaGrad`.
+            replay: ``period``, ``burn_in`` or ``pairs`` of `DeltaGrad`.
 
         Raises:
             UserError: the recorded gradients are not those of these samples' mean cross-entropy; recording continues.

@@ -36,7 +36,7 @@ class ReplayedStep(NamedTuple):
 def replay(
     steps: Iterable[ChangedStep],
     gradient: GradientSum,
-    exact_steps: "Periodic | Tolerant",
+    exact_steps: "Periodic",
     *,
     decay: float,
     pairs: int = 2,
@@ -71,7 +71,7 @@ def replay(
             continue
 
         v = w - step.w
-        distance = v.norm().item()
+        distance = v.norm()
         sum_gone = gradient(w, step.gone)  # Σ_gone ∇loss_i(w)
         sum_came = gradient(w, step.came)  # Σ_came ∇loss_i(w)
         exact = False
@@ -88,21 +88,18 @@ def replay(
                 trusted = stable if convex else distance > product.norm()
                 if trusted:
                     predicted = step.gradient + product - decay * v
-            share = old_size / new_size
-            error = moved = None
-            if predicted is None or exact_steps.due(step.rate, share, distance):
+            if predicted is None or exact_steps.due():
                 exact = True
                 sum_kept = gradient(w, step.kept)
                 # A batch that was empty has no recorded gradient to learn from; 1 only avoids 0/0.
                 true = (sum_kept + sum_gone) / max(1, old_size)
-                moved = (true - step.gradient).norm().item()
                 if predicted is not None:
-                    error = (predicted - true).norm().item()
+                    exact_steps.predicted((predicted - true).norm().item(), (true - step.gradient).norm().item())
                 if old_size:
                     hessian.push(v, true - step.gradient + decay * v)
             else:
                 sum_kept = old_size * predicted - sum_gone
-            exact_steps.took(step.rate, share, distance, exact, error, moved)
+            exact_steps.took(exact)
 
         mean = (sum_kept + sum_came) / new_size
         after = w - step.rate * (mean + decay * w)
@@ -181,14 +178,12 @@ class Periodic:
     >>> exact_steps = Periodic(period=3, burn_in=2)
     >>> pattern = ""
     >>> for _ in range(9):
-    ...     exact = exact_steps.due(rate=0.1, share=1.0, distance=1.0)
-    ...     exact_steps.took(0.1, 1.0, 1.0, exact, error=None)
+    ...     exact = exact_steps.due()
+    ...     exact_steps.took(exact)
     ...     pattern += "x" if exact else "."
     >>> pattern
     'xx..x..x.'
     """
-
-    estimate: float | None = None  # a period does not estimate the distance from the retrained weights
 
     def __init__(self, period: int, burn_in: int, settled: float | None = None):
         self._period = period
@@ -197,81 +192,16 @@ class Periodic:
         self._steps = 0
         self._since_exact = 0
 
-    def due(self, rate: float, share: float, distance: float) -> bool:
+    def due(self) -> bool:
         """Return True if the step is one of the first, or the T0-th since the last exact one."""
         return self._steps < self._burn_in or self._since_exact + 1 >= self._period
 
-    def took(
-        self, rate: float, share: float, distance: float, exact: bool, error: float | None, moved: float | None = None
-    ) -> None:
-        """Count a step; arguments as of `Tolerant.took`."""
-        self._steps += 1
-        if error is not None and moved is not None and error <= self._settled * moved:
+    def predicted(self, error: float, moved: float) -> None:
+        """End j0 if the error of a predicted gradient is small beside its distance from the recorded one."""
+        if error <= self._settled * moved:
             self._burn_in = 0
+
+    def took(self, exact: bool) -> None:
+        """Count a step."""
+        self._steps += 1
         self._since_exact = 0 if exact else self._since_exact + 1
-
-
-class Tolerant:
-    """Makes a step exact when the estimated distance from the retrained weights outgrows its share of a tolerance.
-
-    An approximate step whose gradient is wrong by ε moves the weights away by η·share·‖ε‖, and later steps of a convex
-    problem shrink that by 1 − ηλ each. At the k-th step after an exact one ‖ε‖ is taken to be ρ·k·‖v‖. Every exact step
-    measures ρ, which corrects the estimate since the last. The estimate E is held below its share of the tolerance,
-    (Ση so far)/Ση.
-
-    Differs from the paper, which fixes a period. Errors add up here as if they never cancelled, so E is pessimistic for
-    convex problems; for others it bounds nothing and remains an estimate.
-
-    The tolerance is of the distance ‖w − retrained w‖, the horizon Ση over all steps, decay λ. Of a step, rate is η,
-    share the size of the recorded batch over that of the new one, and distance ‖v‖, of the weights from the record.
-    """
-
-    def __init__(self, tolerance: float, horizon: float, decay: float):
-        self._tolerance = tolerance
-        self._horizon = horizon
-        self._decay = decay
-        self._growth: float | None = None  # ρ; None until an exact step has measured it
-        self._settled = 0.0  # E up to the last exact step
-        self._open = 0.0  # Σ η·share·k·‖v‖ since then: times ρ it is the rest of E
-        self._since_exact = 0  # k
-        self._rates = 0.0  # Ση so far
-
-    @property
-    def estimate(self) -> float | None:
-        """E, the estimated distance from the retrained weights so far."""
-        return self._settled + (self._growth or 0.0) * self._open
-
-    def due(self, rate: float, share: float, distance: float) -> bool:
-        """Return True if an approximate step would take E beyond its limit."""
-        if self._growth is None:
-            return True
-        steps = self._since_exact + 1  # k
-        so_far = self._settled + self._growth * self._open
-        coming = self._growth * rate * share * steps * distance
-        allowed = self._tolerance * (self._rates + rate) / self._horizon
-        return so_far + coming > allowed
-
-    def took(
-        self, rate: float, share: float, distance: float, exact: bool, error: float | None, moved: float | None = None
-    ) -> None:
-        """Add a step to the estimate.
-
-        Of an exact step, ``error`` is ‖predicted − true gradient‖ if there was a prediction, and ``moved`` is
-        ‖true − recorded gradient‖.
-        """
-        if exact:
-            if error is not None:
-                measured = error / ((self._since_exact + 1) * distance)  # ρ
-                self._settled += measured * self._open
-                self._open = 0.0
-                # One lucky measurement must not permit a long run of approximate steps.
-                self._growth = max(measured, (self._growth or 0.0) / 2)
-            self._since_exact = 0
-        else:
-            self._since_exact += 1
-            self._open += rate * share * self._since_exact * distance
-        # The L2 penalty pulls both trainings towards 0, hence towards each other.
-        shrinkage = 1 - rate * self._decay
-        self._settled *= shrinkage
-        self._open *= shrinkage
-        self._rates += rate

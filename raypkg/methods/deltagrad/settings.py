@@ -72,6 +72,8 @@ class HistorySettings(Settings):
 class ReplaySettings(Settings):
     """Replays of the training with other samples."""
 
+    removed: ClassVar[Mapping[str, Any]] = {"tolerance": False}
+
     period: Annotated[int, Field(ge=1, description="T0: every T0-th step is exact; 1 = all")] = 5
     burn_in: Annotated[
         int | None, Field(ge=1, description="j0: exact steps at the start (default: 20, at most a third of the steps)")
@@ -81,24 +83,12 @@ class ReplaySettings(Settings):
         Field(gt=0, description="relative error of a predicted gradient that ends j0 (default: off; 0.1 if j0 is cut)"),
     ] = None
     pairs: Annotated[int, Field(ge=1, description="m: pairs in the approximation of the Hessian")] = 2
-    tolerance: Annotated[
-        float | None,
-        Field(gt=0, description="largest estimated distance from the retrained weights, instead of T0 and j0"),
-    ] = None
 
     def beginning(self, steps: int) -> tuple[int, float | None]:
         """Return j0 of a training of ``steps`` steps, and the relative error that ends it early."""
         if self.burn_in or steps >= 3 * BURN_IN:
             return self.burn_in or BURN_IN, self.settled
         return max(1, steps // 3), self.settled or SETTLED
-
-    @model_validator(mode="after")
-    def _one_rule(self) -> Self:
-        defaults = type(self).model_fields
-        periodic = [name for name in ("period", "burn_in", "settled") if getattr(self, name) != defaults[name].default]
-        if self.tolerance is not None and periodic:
-            raise UserError(f"replay.tolerance chooses the exact steps: replay.{periodic[0]} would do nothing")
-        return self
 
 
 class DeltaGradSettings(Experiment):
@@ -121,7 +111,7 @@ class DeltaGradSettings(Experiment):
         """Return j0, at most a third of the steps, and the error that ends it early if it is cut."""
         steps = self.steps(n)
         burn_in, settled = self.replay.beginning(steps)
-        if self.replay.tolerance is not None or burn_in in (BURN_IN, self.replay.burn_in):
+        if burn_in in (BURN_IN, self.replay.burn_in):
             return {}
         reason = f"as there are {steps} steps"
         return {
@@ -163,10 +153,6 @@ class RequestSettings(Settings):
     def over(cls, recorded: ReplaySettings, values: Mapping[str, Any]) -> Self:
         """Return a request's settings: ``values``, by dotted names, over those of the run."""
         replay = recorded.model_dump()
-        if "replay.tolerance" in values:  # one rule for the exact steps replaces the other
-            del replay["period"], replay["burn_in"], replay["settled"]
-        elif "replay.period" in values or "replay.burn_in" in values:
-            del replay["tolerance"]
         if "replay.burn_in" in values:  # a given j0 does not end early
-            replay.pop("settled", None)
+            del replay["settled"]
         return load_settings(cls, {"replay": replay}, values)

@@ -169,11 +169,6 @@ class SparseSettings(Sparsity, Experiment):
         parts = {"crest": self.crest, "sparse": Sparsity(**sparsity), "agent": self.agent}
         return tuple(Named(name=name, options=part.model_dump()) for name, part in parts.items() if part)
 
-    @property
-    def actors(self) -> int:
-        """Ray actors that select for CREST."""
-        return self.crest.actors if self.crest else 0
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Refuse settings without effect, and choices that contradict each other."""
