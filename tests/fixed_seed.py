@@ -49,8 +49,7 @@ RUNS = {
     "crest": f"crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 {REGION}",
     "random": "crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 --selection random",
     "glister": "crest --model mlp --seed 3 --train.epochs 4 --budget 0.5 --selection glister",
-    "rigl": f"sparse {TINY} --density 0.1 --growth gradient --agent.form measured --agent.memory 0"
-    " --update_every_steps 1",
+    "rigl": f"sparse {TINY} --density 0.1 --growth gradient --agent.form measured --update_every_steps 1",
     "momentum": f"sparse {TINY} --density 0.2 --growth momentum --redistribution momentum --drop set"
     " --update_every_steps 1",
     "thin": f"sparse {TINY} --density 0.05 --compute sparse --growth gradient --fan-in sparse --update_every_steps 1",

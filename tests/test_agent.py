@@ -145,26 +145,23 @@ def test_the_full_gradient_is_of_the_objective_where_batches_differ_in_size():
 
 
 def test_gradients_are_counted_where_they_are_computed():
-    hook = Correction(AgentOptions(form="published", gamma=0.5, samples=32, every_steps=2))
+    hook = Correction(AgentOptions(form="published", gamma=0.5))
     trained = fit(run(hook))
-    steps = trained.bill("correction")
-    assert (steps.forward, steps.backward) == (N // 2 * 4, N // 2 * 4)  # none in the first epoch, while c = 0
-    assert trained.bill("full gradient").backward == 32 * 4
-    assert [row[0] for row in hook.history] == list(range(STEPS // 5, STEPS, 2))
+    assert trained.bill("full gradient").backward == N * 4  # none in the first epoch, while c = 0
+    assert [row[0] for row in hook.history] == list(range(STEPS // 5, STEPS))
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_kept_gradients_are_those_that_would_be_computed_again(every):
-    kept = Correction(AgentOptions(form="measured", always=True, every_steps=every))
-    again = Correction(AgentOptions(form="measured", always=True, every_steps=every, memory=0))
+def test_kept_gradients_are_those_that_would_be_computed_again(monkeypatch):
+    kept, again = (Correction(AgentOptions(form="measured", always=True)) for _ in range(2))
     one = fit(run(*sparse(correction=[kept])))
+    monkeypatch.setattr("raypkg.methods.agent.hook.memory_bound", lambda memory: 0)
     other = fit(run(*sparse(correction=[again])))
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
     np.testing.assert_array_equal(np.array(kept.history)[:, :4], np.array(again.history)[:, :4])
-    assert list(kept.kept) == list(range(STEPS - STEPS // 5, STEPS, every)) and not again.kept
+    assert list(kept.kept) == list(range(STEPS - STEPS // 5, STEPS)) and not again.kept
     assert one.bill("correction").backward == 0 and one.bill("full gradient").backward == 5 * N
-    assert other.bill("correction").backward == 5 * N // every
-    assert 1 / kept.line == pytest.approx(2) and 1 / again.line == pytest.approx(2 + 1 / every)
+    assert other.bill("correction").backward == 5 * N
+    assert (kept.line, again.line) == (1 / 2, 1 / 3)
 
 
 class Supplier(Hook):
@@ -310,7 +307,8 @@ def test_a_correction_that_is_not_worthwhile_changes_nothing_bit_for_bit(tmp_pat
     """Weights move far within an epoch: it only looks, in the first epoch and in the fifth."""
     model = nn.Sequential(nn.Linear(D, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, C))
     plain = fit(run(model=copy.deepcopy(model), lr=3.0))
-    hook = Correction(AgentOptions(form="measured", look_every_epochs=3))
+    hook = Correction(AgentOptions(form="measured"))
+    hook.switch.every = 3
     with_it = fit(run(hook, model=copy.deepcopy(model), lr=3.0))
     for name, value in plain.model.state_dict().items():
         assert value.equal(with_it.model.state_dict()[name]), name
@@ -325,7 +323,8 @@ def test_a_correction_that_is_not_worthwhile_changes_nothing_bit_for_bit(tmp_pat
 
 
 def test_it_switches_on_after_the_rate_has_fallen_and_off_above_the_line():
-    hook = Correction(AgentOptions(form="measured", look_every_epochs=100))
+    hook = Correction(AgentOptions(form="measured"))
+    hook.switch.every = 100
     rates = Rates(3.0, 3.0, 1e-3, 1e-3, 3.0)
     fit(run(rates, hook, lr=3.0))
     assert corrected_by_epoch(hook) == [[4], [0, 3]]  # seen at the next snapshot, where the look begins
@@ -353,8 +352,6 @@ def test_other_forms_never_switch_off(form):
         ({"form": "measured"}, 0.05, network),
         ({"form": "measured"}, 3.0, network),
         ({"form": "linear"}, 0.05, network),
-        ({"form": "measured", "snapshot_every_steps": 4}, 0.05, network),
-        ({"form": "measured", "look_every_epochs": 1, "every_steps": 2}, 3.0, network),
         ({"form": "published", "gamma": 0.5, "alpha": 0.5}, 0.1, dropping),
         ({"form": "measured", "always": True}, 0.1, attentive),
     ],
@@ -390,10 +387,6 @@ def test_settings_that_would_do_nothing_are_refused():
     for options, message in (
         ({"form": "linear", "alpha": 0.5}, r"agent\.form = linear .* agent\.alpha would do nothing"),
         ({"form": "published", "always": True}, r"form = published .* agent\.always would do nothing"),
-        (
-            {"form": "measured", "always": True, "look_every_epochs": 2},
-            r"always = true .* agent\.look_every_epochs would",
-        ),
     ):
         with pytest.raises(UserError, match=message):
             AgentOptions(**options)

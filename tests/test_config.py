@@ -14,6 +14,7 @@ from raypkg.core.errors import UserError, unknown
 from raypkg.experiments.train import SelectSettings, TrainSettings
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.methods.deltagrad.settings import DeltaGradSettings
+from raypkg.methods.sparse.settings import SparseSettings
 
 
 class Optim(Settings):
@@ -180,6 +181,7 @@ def test_an_interrupt_while_settings_are_stored_stays_one():
     [
         (CrestSettings, "crest", {"overlap": False, "actors": 0, "memory": False, "augmented": True, "look": 3}),
         (DeltaGradSettings, "replay", {"tolerance": False}),
+        (SparseSettings, "agent", {"samples": False, "every": 1, "snapshot_every_steps": 0, "look_every_epochs": 4}),
     ],
 )
 def test_a_stored_file_opens_with_removed_settings_at_their_defaults_only(schema, part, defaults):

@@ -263,15 +263,12 @@ def test_the_explored_share_is_that_of_the_union():
 
 
 @pytest.mark.parametrize(
-    ("every", "settings", "agent"),  # masks change between epochs of 6 steps, or at their ends
-    [
-        (6, {"growth": "gradient"}, {"snapshot_every_steps": 4}),
-        (4, {"growth": "momentum", "redistribution": "momentum"}, {"snapshot_every_steps": 4}),
-    ],
+    ("every", "settings"),  # masks change between epochs of 6 steps, or at their ends
+    [(6, {"growth": "gradient"}), (4, {"growth": "momentum", "redistribution": "momentum"})],
 )
-def test_stopped_and_resumed_equals_never_stopped(tmp_path, every, settings, agent):
+def test_stopped_and_resumed_equals_never_stopped(tmp_path, every, settings):
     def training():
-        correction = Correction(AgentOptions(form="measured", always=True, gamma=0.5, **agent))
+        correction = Correction(AgentOptions(form="measured", always=True, gamma=0.5))
         hooks = sparse(correction=[correction], update_every_steps=every, **settings)
         return run(*hooks), hooks[0], correction
 

@@ -47,7 +47,7 @@ def space():
     return {"growth": tune.choice(["random", False]), "agent": tune.choice([True, False])}
 """
     space = read_space(text, "mine.py")
-    base = load_settings(SparseSettings, {}, {"density": 0.1, "agent.memory": 0.5})
+    base = load_settings(SparseSettings, {}, {"density": 0.1, "agent.gamma": 0.5})
     check_space(space, lambda values: check_names(varied(base, values)))
     trials = [varied(base, draw_settings(space.domains, np.random.default_rng(seed))) for seed in range(20)]
     assert {trial.growth and trial.growth.name for trial in trials} == {"random", None}

@@ -19,7 +19,6 @@ Scale = Annotated[
     Field(description="numbers of a sample: standardised, in [0, 1], or as they are; texts have none"),
 ]
 Precision = Literal["auto", "float32", "bfloat16", "float64"]
-CacheGiB = Annotated[float | None, Field(ge=0, description="GiB for caching (default: a quarter of a worker's memory)")]
 Count = Annotated[int, Field(ge=1)]
 MOST_EPOCHS = 1_000_000  # each is a row of metrics, in memory and in every checkpoint
 Epochs = Annotated[int, Field(ge=1, le=MOST_EPOCHS)]

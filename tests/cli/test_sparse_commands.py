@@ -73,11 +73,9 @@ REFUSED = {
     "--density 0.1 --compute sparse --train.compile true": r"compute = sparse does not go with train.compile = true",
     "--density 0.1 --compute sparse --growth momentum": r"compute = sparse has no dense gradient at every step",
     "--density 0.1 --compute sparse --redistribution momentum": r"which redistribution = momentum needs",
-    "--agent --train.batch_size 2000": r"c is a covariance over the batches of an epoch: 1 \(at least 2\)",
-    "--agent --agent.samples 1": r"agent.samples = 1: at least a batch, train.batch_size = 128, and fewer",
+    "--agent --train.batch_size 2000": r"an epoch has 1 steps \(at least 2 with form = published\)",
+    "--agent --agent.form measured --train.batch_size 700": r"an epoch has 2 steps \(at least 3 with form = measured\)",
     "--agent --train.epochs 1": r"agent would correct nothing",
-    "--agent --agent.every_steps 12": r"of the 11 steps between snapshots 0 would be corrected \(at least 1\)",
-    "--agent --agent.form measured --agent.every_steps 5": r"between snapshots 2 would be corrected \(at least 3\)",
     "--agent --agent.form published --agent.alpha 0": r"with agent.alpha = 0 \(above 0\)",
     # renamed
     "--density 0.1 --update-every 7": r"--update.every is now called --update.every.steps",

@@ -31,7 +31,7 @@ SPARSE = {  # RigL, ITOP, and AGENT's comparison with them
     "death_rate": 0.5, "decay": "cosine", "train.nesterov": True, "train.schedule": "multistep",
     "train.milestones": [0.5, 0.75], "train.lr_drop": 0.1,
 }  # fmt: skip
-AGENT = {"agent.form": "published", "agent.alpha": 0.3, "agent.every_steps": 1, "agent.snapshot_every_steps": 0}
+AGENT = {"agent.form": "published", "agent.alpha": 0.3}
 DELTAGRAD = {  # arXiv:2006.14755: the released example on MNIST
     "train.batch_size": 16384, "train.epochs": 20, "train.lr": 0.1, "train.schedule": "multistep",
     "train.milestones": [0.5], "train.lr_drop": 0.5, "train.weight_decay": 1e-4, "train.momentum": 0,

@@ -165,7 +165,7 @@ class Switch:
     """
 
     always: bool  # correct even if larger batches would be better
-    every: int  # epochs without correction until the next look
+    every: int = 4  # epochs without correction until the next look
     on: bool = False  # correct
     looks: bool = False  # look
     rate: float | None = None  # learning rate at the latest judgement; None before the first

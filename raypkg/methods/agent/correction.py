@@ -261,10 +261,10 @@ class GradientCorrection:
             raise UserError("correct: the closure returned no loss")
         return total
 
-    def apply(self, snapshot: list[Tensor], *, step: int, gap: int = 1, corrects: bool = True) -> tuple[Tensor, Tensor]:
+    def apply(self, snapshot: list[Tensor], *, step: int, corrects: bool = True) -> tuple[Tensor, Tensor]:
         """Measure the variance that a correction leaves, and correct the gradients by ∇ℓ_B(θ̃) over all ranks.
 
-        ``gap``: steps from one correction to the next. Returns c and the share of the variance left, NaN if unknown.
+        Returns c and the share of the variance left, NaN if unknown.
         """
         c = torch.as_tensor(self.weight.c, dtype=torch.float64, device=self.variance.device)
         # A parameter that the forward pass does not use has zeros, which nothing reads.
@@ -272,7 +272,7 @@ class GradientCorrection:
         weights = self.weight.weights(len(gradient)).to(self.variance.device)
         left = torch.full_like(c, torch.nan)
         before, self.before = self.before, (step, [tensor.clone() for tensor in gradient], snapshot)
-        if before is not None and before[0] + gap == step:
+        if before is not None and before[0] + 1 == step:
             moments = spread(gradient, snapshot, *before[1:])
             ranks_here().share([moments])  # other processors may round differently
             self.weight.observe(moments)

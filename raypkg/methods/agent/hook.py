@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
-from raypkg.core.seeds import generator, seeded
-from raypkg.data.coreset import Coreset
+from raypkg.core.seeds import seeded
 from raypkg.engine.batches import Batch, Batches, dtype_of
 from raypkg.engine.costs import Cost
 from raypkg.engine.hooks import Hook, Results, hook
@@ -45,8 +44,8 @@ class Correction(Hook):
 
     If the model draws at random, as dropout does, a snapshot repeats the model's draws on a step's batch, and has draws
     of its own for g̃: an unbiased estimate of its mean gradient over all draws. Otherwise g̃ is the mean of the gradients
-    that the steps need. If those of an epoch's corrected steps fit into ``settings.memory`` (4 bytes · parameters ·
-    steps), they are kept: a sample costs two gradients, not three.
+    that the steps need. If those of an epoch fit into a quarter of the memory (4 bytes · parameters · steps), they are
+    kept: a sample costs two gradients, not three.
 
     Differs from the paper: g̃ is over the augmented batches of the coming epoch, unless another hook supplies those.
     """
@@ -56,7 +55,7 @@ class Correction(Hook):
 
     def __init__(self, settings: AgentOptions):
         self.settings = settings
-        self.switch = Switch(settings.always or settings.form != "measured", settings.look_every_epochs)
+        self.switch = Switch(settings.always or settings.form != "measured")
         self.taken = 0  # step of training at the snapshot
         self.kept: dict[int, list[Tensor]] = {}  # step → this worker's part of ∇ℓ_B(θ̃)
         self.draws: RepeatedDraws | None = None  # of a model that draws at random
@@ -87,23 +86,16 @@ class Correction(Hook):
             self.draws = RepeatedDraws(run.model, run.worker.device)
 
     def on_epoch(self, run: Run) -> None:
-        """Begin at a new snapshot, unless ``snapshot_every_steps`` is set."""
+        """Begin at a new snapshot."""
         self.agent.before = None
-        if run.step == 0 or not self.settings.snapshot_every_steps:
-            with run.bill(FULL_GRADIENT):
-                self._begin(run)
+        with run.bill(FULL_GRADIENT):
+            self._begin(run)
 
     def on_gradients(self, run: Run) -> None:
-        """Correct the gradients of this step, or look at them, after a new snapshot if one is due."""
-        interval = self.settings.snapshot_every_steps
-        if interval and run.step and run.step % interval == 0:
-            with run.cost.apart(run.bill(FULL_GRADIENT)):
-                self._begin(run)
-        if self.switch.on:
-            due = run.step % self.settings.every_steps == 0
-        else:
-            due = self.switch.looks and run.step - self.taken in steps_of_look(self._interval(run))
-        if due and self.agent.weight.acts:
+        """Correct the gradients of this step, or look at them."""
+        steps = run.settings.steps_per_epoch(len(run.coreset))
+        looks = self.switch.looks and run.step - self.taken in steps_of_look(steps)
+        if (self.switch.on or looks) and self.agent.weight.acts:
             with run.cost.apart(run.bill(CORRECTION)):
                 gradient = self.kept.get(run.step)
                 if gradient is None:
@@ -114,48 +106,36 @@ class Correction(Hook):
                         gradient = self._gradient(run, run.batch, run.bill(CORRECTION))
                 # DDP has averaged the model's gradient over the workers; the snapshot's is still each worker's own.
                 _bill_exchange(run, run.bill(CORRECTION), gradient)
-                gap = self.settings.every_steps if self.switch.on else 1
-                found = self.agent.apply(mean_over_ranks(gradient), step=run.step, gap=gap, corrects=self.switch.on)
+                found = self.agent.apply(mean_over_ranks(gradient), step=run.step, corrects=self.switch.on)
                 self.unread.append((run.step, self.switch.on, torch.stack(found)))
 
     def _begin(self, run: Run) -> None:
         """Judge the variance left since the last snapshot, take a new one, and compute g̃ if steps are corrected."""
-        settings, weight = self.settings, self.agent.weight
+        weight = self.agent.weight
         rate = run.optimizer.param_groups[0]["lr"]
         # Rank 0 decides for all workers: other processors may round differently.
-        left = run.worker.first(self._left())
+        left = run.worker.first(self.agent.variance_left)
         if left is not None:
             self.left = left
             self.switch.judge(left, self.line, rate=rate, epoch=run.epoch)
         self.switch.begin(rate=rate, epoch=run.epoch)
-        if settings.snapshot_every_steps and run.step:
-            self._estimate(run)
         self.agent.take(run.epoch / run.settings.epochs)
         self.taken, self.kept = run.step, {}
         weight.load_state_dict(run.worker.first(weight.state_dict()), run.worker.device)
 
-        # A corrected step computes q gradients on average: its own, its part of g̃, and the snapshot's unless kept.
-        n = len(run.coreset)
-        samples = min(settings.samples or n, n)
-        keeps = samples == n and self._keeps(run)
-        for_full = samples / (self._interval(run) * n / run.settings.steps_per_epoch(n))
-        self.line = 1 / (1 + for_full + (0 if keeps else 1 / settings.every_steps))
+        # A corrected step computes q gradients: its own, its part of g̃, and the snapshot's unless kept.
+        keeps = self._keeps(run)
+        self.line = 1 / 2 if keeps else 1 / 3
         if not (self.switch.on and weight.acts):
             return
-
-        # g̃ is over the training samples, or over some of them.
-        coreset = run.coreset
-        if samples < n:
-            drawn = torch.randperm(n, generator=generator(run.seed, "full gradient", run.step))[:samples]
-            coreset = Coreset(coreset.indices[drawn], coreset.weights[drawn])
         bill = run.bill(FULL_GRADIENT)
 
         def parts() -> Iterator[tuple[list[Tensor], float]]:
-            for step, batch in enumerate(_batches(run, coreset).epoch(run.epoch), run.step):
+            for step, batch in enumerate(_batches(run).epoch(run.epoch), run.step):
                 gradient = self._gradient(run, batch, bill)
-                if keeps and step % self.settings.every_steps == 0:
+                if keeps:
                     self.kept[step] = gradient
-                yield gradient, batch.total / len(coreset)  # batches may differ by a sample
+                yield gradient, batch.total / len(run.coreset)  # batches may differ by a sample
 
         with seeded(run.seed, "full gradient", run.step, run.worker.rank):
             self.agent.average(parts())
@@ -167,39 +147,22 @@ class Correction(Hook):
         bill.backward += len(batch.y)
         return self.agent.gradient(_parts(run, batch, self.agent.copy))
 
-    def _estimate(self, run: Run) -> None:
-        """Update the published c by the losses of the epoch's batches, before another snapshot is taken."""
-        self.agent.estimate(enumerate(_batches(run, run.coreset).epoch(run.epoch)))
-
-    def _interval(self, run: Run) -> int:
-        """Return the steps from one snapshot to the next."""
-        return self.settings.snapshot_every_steps or run.settings.steps_per_epoch(len(run.coreset))
-
     def _keeps(self, run: Run) -> bool:
-        """Return True if g̃'s gradients of the corrected steps are kept for these steps.
+        """Return True if the steps take the gradients that g̃ is the mean of.
 
-        The steps must see the same batches, with the same draws, before the next snapshot, and memory must suffice.
+        The steps must see the same batches, with the same draws, and memory must suffice.
         """
-        if self.draws or self.settings.snapshot_every_steps or any(hook.supplies_batches for hook in run.hooks):
+        if self.draws or any(hook.supplies_batches for hook in run.hooks):
             return False
-        corrected = -(-run.settings.steps_per_epoch(len(run.coreset)) // self.settings.every_steps)
-        size = corrected * sum(parameter.nbytes for parameter in self.agent.parameters)
+        steps = run.settings.steps_per_epoch(len(run.coreset))
+        size = steps * sum(parameter.nbytes for parameter in self.agent.parameters)
         device = run.worker.device
-        if self.settings.memory is None and device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            return size <= free // 4
-        return size <= memory_bound(self.settings.memory)
-
-    def _left(self) -> float | None:
-        """Return the share of the variance left over all steps, corrected or not; None if unknown."""
-        left = self.agent.variance_left
-        return None if left is None else 1 - (1 - left) / self.settings.every_steps
+        return size <= (torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else memory_bound(None))
 
     def on_epoch_end(self, run: Run) -> None:
         """Estimate the published c, and read measurements from the device: a checkpoint follows."""
-        if not self.settings.snapshot_every_steps:
-            with run.bill(FULL_GRADIENT):
-                self._estimate(run)
+        with run.bill(FULL_GRADIENT):
+            self.agent.estimate(enumerate(_batches(run).epoch(run.epoch)))
         if self.unread:
             measured = torch.stack([values for _, _, values in self.unread]).tolist()
             for (step, corrected, _), (c, left) in zip(self.unread, measured, strict=True):
@@ -211,7 +174,7 @@ class Correction(Hook):
         columns = np.array(self.history).reshape(-1, len(COLUMNS)).T
         table = pa.table(dict(zip(COLUMNS, columns, strict=True)))
         corrected = int(table["corrected"].to_numpy().sum())
-        latest = self._left()
+        latest = self.agent.variance_left
         left = self.left if latest is None else latest
         larger = f"a batch {1 / self.line:.3g} times as large, at the same cost, leaves {self.line:.2f}"
         if left is None:
@@ -235,8 +198,8 @@ class Correction(Hook):
             self.draws.handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return weight, switch and measurements, and the snapshot if it outlives an epoch."""
-        state = {
+        """Return weight, switch and measurements: a snapshot does not outlive its epoch."""
+        return {
             "form": self.agent.weight.state_dict(),
             "switch": asdict(self.switch),
             "line": self.line,
@@ -244,10 +207,6 @@ class Correction(Hook):
             "variance": self.agent.variance.clone(),
             "history": torch.tensor(self.history, dtype=torch.float64).view(-1, len(COLUMNS)),
         }
-        if self.settings.snapshot_every_steps:
-            copy = self.agent.copy.state_dict()
-            state["snapshot"] = {"model": copy, "step": self.taken, "full": list(self.agent.full)}
-        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state."""
@@ -258,16 +217,11 @@ class Correction(Hook):
         self.left = state["left"]
         self.agent.variance = state["variance"].to(device)
         self.history = [tuple(row) for row in state["history"].tolist()]
-        if self.settings.snapshot_every_steps:
-            snapshot = state["snapshot"]
-            self.agent.copy.load_state_dict(snapshot["model"])
-            self.taken = snapshot["step"]
-            self.agent.full = [gradient.to(device) for gradient in snapshot["full"]]
 
 
-def _batches(run: Run, coreset: Coreset) -> Batches:
+def _batches(run: Run) -> Batches:
     size, dtype = run.settings.batch_size, dtype_of(run.model)
-    return Batches(run.split, coreset, size, seed=run.seed, augment=run.augment, worker=run.worker, dtype=dtype)
+    return Batches(run.split, run.coreset, size, seed=run.seed, augment=run.augment, worker=run.worker, dtype=dtype)
 
 
 def _parts(run: Run, batch: Batch, model: nn.Module) -> Iterator[Tensor]:
