@@ -41,7 +41,7 @@ RUNS = {
     "selected": "select --model-from full --rule craig --fraction 0.1 --seed 3",
     "given": f"train {TINY} --coreset {{root}}/select/selected/coreset.parquet",
     "lipt": f"lipt --seed 3 --train.epochs 2 --pretrain.models 3 --pretrain.epochs 1 {ANEW} --pretrain.sparsity false",
-    "greedy": f"lipt {TINY} --pretrain.models 3 --pretrain.epochs 1 --pretrain.merge greedy --pretrain.sparsity erk"
+    "erk": f"lipt {TINY} --pretrain.models 3 --pretrain.epochs 1 --pretrain.merge mean --pretrain.sparsity erk"
     f" --pretrain.density 0.9 {ANEW}",
     "dense": f"lipt {TINY} --pretrain.method dense --pretrain.epochs 2 --train.init merged"
     f" --pretrain.sparsity false {ANEW}",

@@ -19,7 +19,7 @@ from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import new_model, open_samples
 from raypkg.experiments.training import load_record
 from raypkg.methods.lipt.member import Context, redrawn
-from raypkg.methods.lipt.merges import Member, merge, outer_step, reestimate
+from raypkg.methods.lipt.merges import Member, merge, reestimate
 from raypkg.methods.lipt.pretrain import disjoint_shards, pretrain_models
 from raypkg.methods.lipt.settings import RESULT, LiptSettings, Pretrain
 from raypkg.methods.sparse import initial
@@ -52,15 +52,6 @@ def test_means_by_hand(name, expected):
     assert merged["w"].tolist() == expected
 
 
-def test_greedy_excludes_harmful_models():
-    def score(parameters):
-        return -abs(parameters["w"].item() - 2)
-
-    good, better, bad = member(1.0), member(3.0), member(-50.0)
-    merged = merge["greedy"](state(0.0), [good, bad, better], gather=list, score=score)
-    assert merged["w"].item() == 2.0  # the mean of good and better
-
-
 def test_snip_gives_the_densities_of_its_definition():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
@@ -81,35 +72,11 @@ def test_batch_norm_statistics_are_those_of_the_inputs():
     assert reestimate(nn.Linear(4, 2), x.split(16)) == 0
 
 
-@pytest.mark.parametrize(("fraction", "size"), [(None, 250), (0.25, 250), (0.1, 100), (0.0001, 0)])
-def test_shards_of_a_fraction(fraction, size):
-    assert Pretrain(models=4, shard_fraction=fraction).shard_size(1000) == size
-
-
-def test_shards_never_overlap():
-    with pytest.raises(UserError, match=r"pretrain.shard_fraction = 0.3 for 4 disjoint shards: at most 1/4 = 0.25"):
-        Pretrain(models=4, shard_fraction=0.3).shard_size(1000)
-
-
 def test_merges_are_spread_evenly_over_the_epochs():
     assert Pretrain(epochs=5, rounds=None).merge_epochs == [1, 2, 3, 4, 5]
     assert Pretrain(epochs=7, rounds=3).merge_epochs == [2, 4, 7]
     with pytest.raises(UserError, match=r"pretrain.rounds = 6: models are merged after whole epochs, and there are 5"):
         Pretrain(epochs=5, rounds=6)
-
-
-def test_outer_momentum_is_nesterovs():
-    """As torch.optim.SGD with rate 1 on the gradient start − merged."""
-    w = nn.Parameter(torch.randn(5))
-    optimizer = torch.optim.SGD([w], lr=1.0, momentum=0.6, nesterov=True)
-    ours, velocity = {"w": w.detach().clone()}, {}
-    for _ in range(3):
-        merged = {"w": ours["w"] + torch.randn(5)}
-        assert outer_step(ours, merged, velocity, 0.0) == (merged, {})
-        w.grad = ours["w"] - merged["w"]
-        optimizer.step()
-        ours, velocity = outer_step(ours, merged, velocity, 0.6)
-        torch.testing.assert_close(ours["w"], w.detach())
 
 
 # Rounds
@@ -179,7 +146,7 @@ def killed_after(monkeypatch, last, folder, settings):
 
 
 def test_killed_after_any_checkpoint_it_resumes_to_the_same_result(tmp_path, monkeypatch):
-    settings = settings_of(rounds=2, outer_momentum=0.3, sparsity="snip")
+    settings = settings_of(rounds=2, sparsity="snip")
     expected = pretrained(tmp_path / "straight", settings)
     saves = MODELS * EPOCHS + 1  # one of the merge between the rounds
     for last in range(saves + 1):
@@ -199,7 +166,7 @@ def pretrained_there(worker, folder, settings):
 
 
 def test_two_workers_and_one_merge_to_the_same_weights(tmp_path):
-    settings = settings_of(rounds=3, models=3, outer_momentum=0.3)
+    settings = settings_of(rounds=3, models=3)
     local, seen, work = pretrained(tmp_path / "one", settings)
     assert on_workers(2, pretrained_there, str(tmp_path / "two"), settings)[0] == work
     together, seen_together = left_in(tmp_path / "two", settings)

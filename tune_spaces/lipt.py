@@ -16,7 +16,6 @@ def space() -> dict[str, Any]:
         "pretrain.epochs": tune.choice([2, 5, 10]),
         "pretrain.batch_size": tune.choice([16, 32, 64, 128]),
         "pretrain.joint_epochs": tune.choice([0, 1, 2]),
-        "pretrain.outer_momentum": tune.choice([0.0, 0.3, 0.5]),
         "pretrain.lr": tune.loguniform(0.01, 0.3),
         "select.rule": tune.choice(["grand", "gradmatch", "glister"]),
     }

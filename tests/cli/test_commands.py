@@ -126,7 +126,7 @@ def test_the_options_are_grouped_by_part(effray):
     assert parts == ["run", "dataset", "model", "pretrain", "select", "train", "cluster", "track", "Example"]
     for option in ("--config FILE", "--set KEY=VALUE", "--resume NAME", "--pretrain.merge STR"):
         assert option in text
-    assert "--pretrain.shard_fraction FLOAT" in text and "[default: runs]" in text
+    assert "--pretrain.density FLOAT" in text and "[default: runs]" in text
 
 
 def test_the_console_script_and_the_module():
@@ -180,7 +180,7 @@ def test_lipt_leaves_a_whole_run_folder(effray, rendered_pictures):
     [
         "--pretrain.method dense --select.rule forgetting",
         "--pretrain.method initial --train.schedule multistep --train.milestones 0.3,0.6 --train.warmup 0.1",
-        "--pretrain.shard_fraction 0.2 --pretrain.randaugment false --select.rule forgetting",
+        "--pretrain.randaugment false --select.rule forgetting",
         "--train.init merged --dataset.augment flip,crop --dataset.validation 0.2 --select.rule grand",
         "--select.rule glister --set select.options.eta=0.1 --set select.options.rounds=3",
     ],

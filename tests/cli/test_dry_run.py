@@ -63,7 +63,7 @@ def test_the_plan_is_what_the_run_then_does_and_leaves_nothing(effray, tmp_path,
 @pytest.mark.parametrize(
     ("options", "row"),
     [
-        ("--pretrain.sparsity false --pretrain.shard_fraction 0.2", "pretrain 3 2 64 259 30 1,554"),
+        ("--pretrain.sparsity false", "pretrain 3 2 64 431 42 2,586"),
         ("--pretrain.method dense", "pretrain 1 2 64 1,295 42 2,590"),
         ("--pretrain.method initial", "pretrain"),
     ],
@@ -160,7 +160,6 @@ def test_a_model_that_looks_at_values_has_a_plan_without_its_activations(effray,
         ("lipt --resume one", "--dry-run is of a new run: what run one is to do, `effray show one` tells"),
         ("train --dataset folder:nowhere", "nowhere"),
         ("train --dataset.only s3://KEY:SECRET@bucket/x", "credentials in its URI"),
-        ("lipt --pretrain.shard_fraction 0.5", "pretrain.shard_fraction = 0.5 for 10 disjoint shards"),
         ("deltagrad train --model resnet8", "batch norm"),
     ],
 )

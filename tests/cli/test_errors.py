@@ -45,8 +45,6 @@ from raypkg.studies.study import Order, create_study
         ("select --rule grand", "select needs a model: give --model-from RUN"),
         ("lipt --pretrain.models 5000", "5000 disjoint shards of 0 samples each cannot be had from 1295 samples"),
         ("lipt --pretrain.models 200", r"a shard of 6 samples holds none of class 8 \(125 samples\): use fewer or"),
-        ("lipt --pretrain.models 4 --pretrain.shard_fraction 0.3", "0.3 for 4 disjoint shards: at most 1/4 = 0.25"),
-        ("lipt --pretrain.merge greedy --dataset.validation 0", "'greedy' needs held-out samples"),
         ("lipt --model torchvision:resnet18", "the models of torchvision take 3 channels"),
         ("lipt --dataset digits:here", "'digits' ships with the package and takes no path"),
         ("train --root nowhere://x", "cannot use 'nowhere://x' as a folder"),

@@ -299,6 +299,8 @@ class CrestAlgorithm:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state."""
         values = deepcopy(dict(state))  # losses and counts change in place
+        for part, former in ((values, "coming"), (values["region"], "drift"), (values["pool"], "awaited")):
+            part.pop(former, None)  # of earlier versions
         values["samples"] = ActiveSamples(**values["samples"])
         values["region"] = Region.restored(values["region"])
         values["pool"] = Pool.restored(values["pool"])

@@ -9,4 +9,4 @@ from raypkg.core.registry import Registry
 pretraining = Registry(
     "pre-training", "raypkg.methods.lipt.pretrain", given=("samples", "workers"), decorator="pretraining"
 )
-merge = Registry("merge", "raypkg.methods.lipt.merges", given=("total", "gather", "score"))
+merge = Registry("merge", "raypkg.methods.lipt.merges", given=("total", "gather"))

@@ -23,7 +23,6 @@ from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import Samples
 from raypkg.models.classifier import in_mode, probe
 
-from . import merge
 from .member import Context
 from .pretrain import train_and_merge
 from .settings import LiptSettings, Pretrain
@@ -62,7 +61,7 @@ def pretrain(
             import the model's class and open the data by themselves.
         seed: of masks, shards and batches.
         options: ``pretrain.*`` of `effray lipt`: batch_size (32), lr (0.1), density (0.05), sparsity ("snip"; None =
-            dense models), merge ("masked_mean"), rounds (1), shard_fraction, outer_momentum, precision, …
+            dense models), merge ("masked_mean"), rounds (1), precision, …
 
     Raises:
         UserError: unknown or invalid argument, samples of another form, a model without weights to train or with fewer
@@ -82,8 +81,6 @@ def pretrain(
             raise UserError("randaugment = True: only the uint8 images of a Split are augmented")
         chosen = validate(Pretrain, {**options, "models": models, "epochs": epochs})
         settings = validate(LiptSettings, {"seed": seed, "pretrain": chosen})
-        if "score" in merge[chosen.merge].declares:
-            raise UserError(f"merge = {chosen.merge!r} needs held-out samples: use effray lipt")
         cluster = validate(Cluster, {"workers": workers})
         merged = deepcopy(model)
         check_model(merged, split)

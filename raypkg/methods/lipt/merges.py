@@ -1,12 +1,11 @@
 """Merging models that started from the same weights into one (model soup, arXiv:2203.05482, with masks).
 
-    @merge(name)    merged(initial, members, *, total, gather, score) → parameters
+    @merge(name)    merged(initial, members, *, total, gather) → parameters
 
 The members are those of this worker. A merge declares what else it needs by these keywords:
 
     total   sums a tensor over all workers: one all-reduce
     gather  returns the members of all workers, in the order of their numbers
-    score   returns the accuracy of parameters on the held-out samples, which exist if a merge declares it
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -67,50 +66,6 @@ def mean(initial: State, members: Sequence[Member], *, total: Total) -> State:
     """Average each weight over all models, pruned ones counting as zero; one all-reduce."""
     without_masks = [Member(member.parameters, {}) for member in members]
     return masked_average(initial, without_masks, total)
-
-
-@merge("greedy", source="arXiv:2203.05482")
-def greedy(
-    initial: State,
-    members: Sequence[Member],
-    *,
-    gather: Callable[[Sequence[Member]], list[Member]],
-    score: Callable[[State], float],
-) -> State:
-    """Add models, best first, as long as held-out accuracy does not fall; every worker sends its models once."""
-
-    def score_alone(member: Member) -> float:
-        return score(masked_average(initial, [member]))
-
-    ranked = sorted(gather(members), key=score_alone, reverse=True)
-    chosen = ranked[:1]
-    best = masked_average(initial, chosen)
-    best_score = score(best)
-    for member in ranked[1:]:
-        trial = masked_average(initial, [*chosen, member])
-        trial_score = score(trial)
-        if trial_score >= best_score:
-            chosen.append(member)
-            best = trial
-            best_score = trial_score
-    return best
-
-
-def outer_step(start: State, merged: State, velocity: State, momentum: float) -> tuple[State, State]:
-    """Return the next round's weights and the velocity v: one step of an outer optimiser, by Nesterov's rule.
-
-        d = merged − start        v ← μ v + d        w = start + d + μ v
-
-    The outer rate is 1, as in SlowMo (arXiv:1910.00643) and DiLoCo (arXiv:2311.08105). With μ = 0, w = merged. The
-    velocity is empty before the first merge.
-    """
-    if not momentum:
-        return merged, {}
-    moved = {name: merged[name] - start[name] for name in start}
-    if velocity:
-        moved = {name: momentum * velocity[name] + d for name, d in moved.items()}
-    ahead = {name: merged[name] + momentum * moved[name] for name in start}
-    return ahead, moved
 
 
 @torch.no_grad()

@@ -7,13 +7,12 @@
     in each of R rounds, 1/R of the epochs:
         for model i of k, in parallel:
             w_i = w ⊙ mask_i trained on shard i
-        w' = Σ_i mask_i ⊙ w_i / Σ_i mask_i; w where no mask has a weight
-        w  = w', or a step of momentum ahead of it
+        w = Σ_i mask_i ⊙ w_i / Σ_i mask_i; w of before where no mask has a weight
     batch-norm statistics of w are estimated by forward passes
     optionally, some epochs of plain distributed training on all samples
 
-The paper prints no pseudo-code that we know of: R = 1, without outer momentum and joint epochs, follows its abstract
-and the released settings. More rounds are ours: local SGD.
+The paper prints no pseudo-code that we know of: R = 1, without joint epochs, follows its abstract and the
+released settings. More rounds are ours: local SGD.
 
     @pretraining(name)    pretrain(settings, report, *, samples, workers) → None
 
@@ -49,7 +48,7 @@ from raypkg.runs.storage import Storage
 
 from . import merge, pretraining
 from .member import Context, Trainee, parameters_of
-from .merges import Member, State, outer_step, reestimate
+from .merges import Member, State, reestimate
 from .settings import RESULT, LiptSettings
 
 MERGED = "merged"  # name of the merged model's checkpoints
@@ -62,8 +61,6 @@ CONTINUED = f"{__name__}:ContinuedRecord"  # name of the hook of joint epochs
 def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples, workers: Workers) -> None:
     """Train models on disjoint shards without communication, and merge them, once or once a round."""
     pretrain = settings.pretrain
-    if "score" in merge[pretrain.merge].declares and not len(samples.held_out):
-        raise UserError(f"pretrain.merge = {pretrain.merge!r} needs held-out samples: set dataset.validation above 0")
     storage = report.folder.storage
     work = partial(workers.run, pretrain_models, settings, storage)
     report.phase("pretrain", work, epochs=pretrain.models * pretrain.epochs, models=pretrain.models)
@@ -98,7 +95,6 @@ class Merged(NamedTuple):
 
     parameters: State
     epoch: int  # epochs done by all models
-    velocity: State  # of the outer momentum; empty before the first merge, or without momentum
     trained: Sequence[float]  # training seconds of each model so far
     slowest: float  # seconds of the slowest model, summed over the rounds
     merging: Cost  # of the merges, over all workers
@@ -123,9 +119,9 @@ def train_and_merge(context: Context) -> tuple[nn.Module, Merged, list[Trainee],
     checkpoints = context.checkpoints(MERGED) if worker.rank == 0 else None
     state = worker.first(checkpoints.load() if checkpoints else None)
     if state is None:
-        merged = Merged(parameters_of(context.model()), 0, {}, [], 0.0, Cost("merge"))
+        merged = Merged(parameters_of(context.model()), 0, [], 0.0, Cost("merge"))
     else:
-        merged = Merged(**{**state, "merging": Cost(**state["merging"])})
+        merged = Merged(*(state[name] for name in Merged._fields))._replace(merging=Cost(**state["merging"]))
     for last in pretrain.merge_epochs:
         if last <= merged.epoch:
             continue  # done before a restart
@@ -210,29 +206,17 @@ def merge_round(context: Context, before: Merged, last: int, trainees: Sequence[
                 merging.sent += sum(w.nbytes for w in tensors)
             return _of_all_models(context, members)
 
-        def score(parameters: State) -> float:
-            model = context.model()
-            model.load_state_dict(parameters, strict=False)  # they lack batch-norm statistics
-            merging.forward += estimate_statistics(context, model)
-            bill = Cost("evaluate")  # its seconds are the merge's already
-            measured = measure_held_out(model, context.samples, context.local, settings, bill)
-            merging.forward += bill.forward
-            return measured["accuracy"]
-
-        rule = merge[settings.merge]
         members = [trainee.member for trainee in trainees]
-        merged = rule(start, members, total=total, gather=gather, score=score)
+        merged = merge[settings.merge](start, members, total=total, gather=gather)
         shapes = {name: w.shape for name, w in start.items()}
         if {name: w.shape for name, w in merged.items()} != shapes:
             raise UserError(f"pretrain.merge = {settings.merge!r} returned other parameters or shapes than {[*shapes]}")
-        parameters, velocity = outer_step(start, merged, before.velocity, settings.outer_momentum)
 
     seconds = _of_all_models(context, [trainee.cost.seconds for trainee in trainees])
     earlier = before.trained or [0.0] * len(seconds)
     return Merged(
-        parameters=parameters,
+        parameters=merged,
         epoch=last,
-        velocity=velocity,
         trained=seconds,
         slowest=before.slowest + max(now - then for now, then in zip(seconds, earlier, strict=True)),
         merging=before.merging.then(merging.gathered(worker)),

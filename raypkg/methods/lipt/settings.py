@@ -17,30 +17,23 @@ class Pretrain(Training):
     """Pre-training of the model whose gradients select the coreset."""
 
     former: ClassVar[Mapping[str, Any]] = {"sparsity": False, "density": 0.9, "rounds": False}
+    removed: ClassVar[Mapping[str, Any]] = {"shard_fraction": False, "outer_momentum": 0.0}
 
     method: Annotated[
         str,
         Field(description="lipt = models of shards, merged, dense = one model on all samples, initial = no training"),
     ] = "lipt"
     models: Annotated[Count, Field(description="models to merge (lipt)")] = 10
-    shard_fraction: Annotated[
-        Share | None, Field(description="share of the samples in each model's shard (lipt); 1/models when left out")
-    ] = None
     sparsity: Annotated[
         str | None,
         Field(description="where layer-wise densities come from (lipt): snip, erk, uniform, grasp; false = dense"),
     ] = "snip"
     density: Annotated[Share, Field(description="share of the weights that each model keeps (lipt)")] = 0.05
-    merge: Annotated[str, Field(description="how the models become one (lipt): masked_mean, mean, greedy")] = (
-        "masked_mean"
-    )
+    merge: Annotated[str, Field(description="how the models become one (lipt): masked_mean, mean")] = "masked_mean"
     rounds: Annotated[
         Count | None,
         Field(description="merges, evenly over the epochs (lipt); 1 = once at the end, false = after every epoch"),
     ] = 1
-    outer_momentum: Annotated[
-        float, Field(ge=0, lt=1, description="Nesterov momentum from merge to merge (lipt); 0 = none")
-    ] = 0.0
     joint_epochs: Annotated[
         int, Field(ge=0, le=MOST_EPOCHS, description="epochs on all samples by all workers after the last merge (lipt)")
     ] = 0
@@ -84,15 +77,8 @@ class Pretrain(Training):
         return self.model_copy(update={"epochs": epochs, "evaluate_every_epochs": epochs, "batch_size": batch_size})
 
     def shard_size(self, n: int) -> int:
-        """Return the size of each model's shard of n samples; shards that would overlap are refused."""
-        most = 1 / self.models
-        fraction = self.shard_fraction or most
-        if fraction > most + 1e-9:
-            raise UserError(
-                f"pretrain.shard_fraction = {fraction} for {self.models} disjoint shards: at most"
-                f" 1/{self.models} = {most:.4g}"
-            )
-        return int(n * fraction + 1e-9)
+        """Return the size of each model's shard of n samples."""
+        return n // self.models
 
     def critical_samples(self, n: int) -> int:
         """Return the samples backward of one worker, of n, with as many workers as models; joint epochs included.
