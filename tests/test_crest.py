@@ -437,7 +437,7 @@ def test_a_check_on_the_pool_is_free_of_sampling_noise():
 def test_the_gradient_of_a_regions_first_step_is_that_of_its_local_model(monkeypatch):
     settings = {"tau": 0.05, "h": 2, "subset": 0.3, "curvature": 4}
     taken = trained_with(**settings)
-    monkeypatch.setattr("raypkg.methods.crest.parallel.trains_as_it_evaluates", lambda model: False)
+    monkeypatch.setattr("raypkg.methods.crest.hook.trains_as_it_evaluates", lambda model: False)
     computed = fit(run(fast(**settings)))
     assert rhos(taken) == pytest.approx(rhos(computed), abs=1e-4)
     assert same_weights(taken, computed)

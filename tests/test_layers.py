@@ -15,8 +15,6 @@ MATHEMATICS = {"core", "data", "models", "coresets"}  # all that a method's pure
 REACH = {"hook", "run", "pretrain", "experiment", "plots", "show", "export"}  # files and folders that reach further
 REACH_TOO = {
     "lipt": {"member", "api"},
-    "agent": {"draws"},
-    "crest": {"parallel"},
     "language": {"rows", "warmup"},
     "deltagrad": {"history", "journal", "requests", "answer", "estimator", "folder", "head"},
 }  # fmt: skip
@@ -24,7 +22,6 @@ ROOMS = {
     ("lipt", "sparse"),
     ("sparse", "crest"),
     ("sparse", "agent"),
-    ("language", "lipt"),
     ("audit", "deltagrad"),
     ("deltagrad", "audit"),  # its Hessian
 }  # which method may import which

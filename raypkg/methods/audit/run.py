@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,12 +33,11 @@ from raypkg.runs.agreement import area_under_curve
 from raypkg.runs.catalog import locate
 from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import CONFIG, LOG, MODEL, RunFolder
-from raypkg.runs.plots import cut, save_plot
+from raypkg.runs.plots import BLUE, VERMILLION, count_axis, cut, page, save_plot
 from raypkg.runs.storage import Storage
 
 from .experiment import TABLE, AuditSettings
 from .influence import HeadHessian, change_by_removal, influence, self_influence
-from .plots import harm
 
 COLUMNS = {"self": "self_influence", "influence": "influence", "loss": "loss"}  # that a score of --by has
 PICTURES = 24  # in the gallery
@@ -206,3 +206,20 @@ def originals(split: Split, positions: Tensor, dataset: Dataset) -> tuple[Split,
     if source.ids is not None:
         rows = torch.stack([(source.ids == id).nonzero()[0, 0] for id in rows])
     return originals(source, rows, embedded.dataset)
+
+
+def harm(scores: np.ndarray, wrong: np.ndarray | None, name: str, path: str | Path) -> None:
+    """Draw the histogram of all scores [n] and, if they are known, that of the wrong labels, bool [n], within it."""
+    edges = np.histogram_bin_edges(scores, min(60, 1 + len(scores) // 4)).tolist()
+    title = f"The highest of {len(scores):,} scores is {scores.max():.3g}, the median {np.median(scores):.3g}"
+    with page(path) as figure:
+        axes = figure.subplots()
+        axes.hist(scores, edges, color=BLUE, alpha=0.5, label=f"all {len(scores):,} samples")
+        if wrong is not None:
+            axes.hist(scores[wrong], edges, color=VERMILLION, label=f"the {wrong.sum():,} with wrong labels")
+            worst = np.argsort(-scores, kind="stable")[: wrong.sum()]
+            title = f"{wrong[worst].mean():.0%} of the {wrong.sum():,} highest scores have wrong labels"
+        axes.set_title(title)
+        axes.set(xlabel=name, ylabel="samples", yscale="log")
+        count_axis(axes.yaxis)
+        axes.legend(loc="upper right")

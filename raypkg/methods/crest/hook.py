@@ -1,36 +1,44 @@
-"""CREST as a hook of a run: bills, shards, checkpoints and results of ``CrestAlgorithm``."""
+"""CREST as a hook of a run: batches, checkpoints and results of ``CrestAlgorithm``, and its passes on the workers."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.coresets.record import Recorder
+from raypkg.core.settings import whole_steps
+from raypkg.coresets.gradients import HeadView
+from raypkg.coresets.sharded import LiveModel
+from raypkg.data import Data
 from raypkg.data.augment import compose
 from raypkg.data.coreset import Coreset
-from raypkg.engine.batches import Batch, Epoch, ahead, dtype_of, training_batch
+from raypkg.engine.batches import Batch, Epoch, ahead, dtype_of, plain_batches, slice_of, training_batch
+from raypkg.engine.costs import Cost
 from raypkg.engine.hooks import Hook, Results, Selected, hook
+from raypkg.engine.loop import autocast
 from raypkg.engine.run import Run
 from raypkg.engine.shards import Shard, Shards, WorkerShards
 from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.training import Job
+from raypkg.models.classifier import in_mode
 
 from . import plots
-from .algorithm import CrestAlgorithm
+from .algorithm import CHUNK, Compute, CrestAlgorithm, Derive, Loop, T
 from .colm import Colm, check_kind
-from .parallel import RunLoop
-from .selection import Chosen, Pool
+from .quadratic import trains_as_it_evaluates, weighted_derivative
+from .selection import Chosen, Pool, Subset, choose_minibatches
 from .settings import CrestOptions
 
 DEFAULTS = CrestOptions()
@@ -109,19 +117,17 @@ class Crest(Hook):
         state = self.algorithm.state
         (picked,) = (rows.numpy() for rows in self.picked)  # [2, ·]
         steps = self.counts[self.indices].numpy()
-        recorder = next(hook for hook in run.hooks if isinstance(hook, Recorder))
-        difficulty = plots.difficulty_of_picks(picked, recorder.record.forgotten.numpy())  # type: ignore[union-attr]
         tables = {
             "crest": pa.Table.from_pylist(state.history),
             "minibatches": pa.table({"update": picked[0], "index": picked[1]}),
             "steps": pa.table({"index": self.indices.numpy(), "steps": steps}),
         }
-        pictures: dict[str, Callable[[Path], None]] = {"minibatches": partial(plots.minibatches, difficulty, steps)}
+        pictures: dict[str, Callable[[Path], None]] = {}
         if self.options.tau:
             found = f"CREST chose {state.pool.update} pools of mini-batch coresets: see plots/regions.png"
             pictures["regions"] = partial(plots.checks, state.history, self.options.tau)
         else:
-            found = f"CREST chose a mini-batch coreset for each of {state.pool.update} steps: see plots/minibatches.png"
+            found = f"CREST chose a mini-batch coreset for each of {state.pool.update} steps"
         used = self.counts.nonzero()[:, 0]
         times = self.counts[used]
         trained_on = Coreset(used, times / times.float().mean())
@@ -159,3 +165,135 @@ def crest(*, job: Job, worker: Worker, samples: Samples, options: CrestOptions =
     data, indices, held_out = samples
     shards = [Shard(data, indices, held_out, worker.device, rank, worker.world) for rank in range(worker.world)]
     return Crest(options, WorkerShards(shards, worker), indices, job.training.batch_size)
+
+
+# Passes on training workers, whose shards have all samples and each do a share
+
+
+def choose(
+    shard: Shard, scorer: LiveModel, subsets: Sequence[Subset], augment: Sequence[str], size: int
+) -> tuple[list[Chosen], Cost]:
+    """Choose the mini-batch coreset of every ``world``-th random subset, after one forward pass over all of them."""
+    own = subsets[shard.rank :: shard.world]
+    cost = Cost("select")
+    if not own:
+        return [], cost
+    with cost:
+        view = _view(shard, scorer, Subset.concat(own), augment)
+        cost.forward += len(view)
+        return choose_minibatches(own, view, size), cost
+
+
+def subset_losses(shard: Shard, scorer: LiveModel, subset: Subset, augment: Sequence[str]) -> Tensor:
+    """Return the losses of this holder's slice of a subset."""
+    positions = torch.arange(len(subset)).tensor_split(shard.world)[shard.rank]
+    if not len(positions):
+        return torch.empty(0)
+    view = _view(shard, scorer, subset[positions], augment)
+    return F.cross_entropy(view.logits, view.y, reduction="none")
+
+
+def value_gradients(shard: Shard, scorer: LiveModel, compute: Compute, subset: Subset) -> list[tuple[Tensor, Tensor]]:
+    """Compute losses and factors of gradients of every ``world``-th chunk of a subset."""
+    own = subset.indices.split(CHUNK)[shard.rank :: shard.world]
+    if not own:
+        return []
+    model = scorer.model
+    batches = plain_batches(shard.data.train, torch.cat(own), shard.device, CHUNK)
+    with in_mode(model, training=False), autocast(scorer.precision, shard.device):
+        return [compute(lambda x: model(x).losses, x) for x, _ in batches]
+
+
+def _view(shard: Shard, scorer: LiveModel, subset: Subset, augment: Sequence[str]) -> HeadView:
+    data = Data(subset.split(shard.data.train, augment), shard.data.test)
+    try:
+        return scorer.view(replace(shard, source=data), torch.arange(len(subset)))
+    except UserError as error:
+        raise UserError(f"CREST cannot continue with this model ({error}): lower the learning rate") from None
+
+
+class RunLoop(Loop):
+    """A run's training loop, whose passes are made on shards and billed; all workers call it together."""
+
+    run: Run
+
+    def __init__(self, shards: Shards, size: int):
+        self.shards = shards
+        self.size = size  # m
+
+    def attach(self, run: Run, epoch_steps: int) -> None:
+        """Follow a run, with so many steps per epoch."""
+        self.run, self.model, self.seed = run, run.model, run.seed
+        self.steps = whole_steps(run.length or run.settings.epochs, epoch_steps)
+        self.augment = run.augment
+        self.gives_gradients = trains_as_it_evaluates(run.model)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return a copy of the model's state, with rank 0's buffers."""
+        self.run.worker.share(self.model.buffers())
+        return super().weights()
+
+    def _scorer(self, weights: Mapping[str, Tensor] | None = None) -> LiveModel:
+        """Return the model with these weights, or with the present ones and rank 0's buffers."""
+        if weights is None:
+            self.run.worker.share(self.model.buffers())
+        return LiveModel(self.model_with(weights), self.run.settings.precision)
+
+    def choose(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> list[Chosen]:
+        """Choose a mini-batch coreset from each random subset; they are shared by rank."""
+        bill = self.run.bill("select")
+        with self.run.cost.apart(bill):
+            choices = self.shards.map(choose, self._scorer(weights), subsets, self.augment, self.size)
+        if self.run.worker.rank == 0:  # bills are summed over the workers, all of which have all choices
+            bill.forward += sum(cost.forward for _, cost in choices)
+        # The shard of rank r chose for every ``world``-th subset.
+        places = (divmod(number, len(choices)) for number in range(len(subsets)))
+        return [choices[rank][0][turn] for turn, rank in places]
+
+    def value_gradients(self, compute: Compute, subset: Subset) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the losses, factors of gradients and sources of a random subset; chunks are shared by rank."""
+        bill = self.run.bill("select")
+        with self.run.cost.apart(bill):
+            own = self.shards.map(value_gradients, self._scorer(), compute, subset)
+        if self.run.worker.rank == 0:
+            bill.forward += len(subset)
+        chunks = range(-(-len(subset) // CHUNK))
+        parts = [own[number % len(own)][number // len(own)] for number in chunks]
+        losses, factors = (torch.cat(each) for each in zip(*parts, strict=True))
+        return losses, factors, self.run.split.y[subset.indices]
+
+    def losses(self, subset: Subset) -> Tensor:
+        """Return the losses of a random subset with the present weights, [r]."""
+        bill = self.run.bill("check")
+        with self.run.cost.apart(bill):
+            slices = self.shards.map(subset_losses, self._scorer(), subset, self.augment)
+        if self.run.worker.rank == 0:
+            bill.forward += len(subset)
+        return torch.cat(slices)
+
+    def derivative(self, derive: Derive, parameters: Sequence[Tensor], samples: Subset, weights: Tensor) -> Tensor:
+        """Return a derivative of the mean of w · loss over all workers in evaluation mode, [p]."""
+        run, bill = self.run, self.run.bill("model")
+        device, size = run.worker.device, run.settings.at_once
+        own = slice_of(torch.arange(len(samples)), run.worker)
+        own_weights = slice_of(weights, run.worker).to(device)
+
+        def logits(x: Tensor) -> Tensor:
+            with autocast(run.settings.precision, x.device):
+                return run.model(x)
+
+        # Dropout and batch norm would make the model noisy.
+        with run.cost.apart(bill), in_mode(run.model, training=False):
+            run.worker.share(run.model.buffers())
+            batches = plain_batches(samples.split(run.split, self.augment), own, device, size, dtype_of(run.model))
+            total = weighted_derivative(logits, batches, own_weights.split(size), len(samples), derive, parameters)
+            total = run.worker.sum(total)
+        bill.forward += len(own)
+        bill.backward += len(own)
+        bill.sent += total.nbytes * (run.worker.world > 1)
+        return total
+
+    def agreed(self, value: T) -> T:
+        """Return rank 0's value."""
+        agreed: T = self.run.worker.first(value)
+        return agreed
