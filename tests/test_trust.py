@@ -240,15 +240,15 @@ def test_no_command_imports_it(stored, of_somebody_else, monkeypatch, capsys, tm
     assert not Path("imported").exists()
 
 
-def test_trusting_is_an_option(stored, of_somebody_else, monkeypatch, tmp_path):
+def test_trusting_is_an_option(stored, of_somebody_else, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv(resolve.TRUST, "")  # so that it is put back afterwards
     (tmp_path / "trusted_code.py").write_text(CODE)
     stored("trusted_code:net")
-    with pytest.raises(AssertionError):
+    with pytest.raises(SystemExit):
         main(["train", "--resume", "one", "--trust", "--cluster.workers", "0"])
-    assert Path("imported").exists()
+    assert "trusted_code.py, line 7, in net: AssertionError" in capsys.readouterr().err and Path("imported").exists()
 
 
 def test_a_sweep_of_somebody_else_is_not_resumed(of_somebody_else, monkeypatch, capsys, tmp_path):

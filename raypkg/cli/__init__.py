@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; a user's mistake is one line and exit code 2."""
     import click
 
-    from raypkg.core.errors import UserError, printable, redacted
+    from raypkg.core.errors import UserError, printable, redacted, user_code
 
     from .commands import effray
 
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except FileNotFoundError:
             raise UserError("the working folder has been deleted: change to another one") from None
         try:
-            with _signals_interrupt():
+            with _signals_interrupt(), user_code():
                 code = effray.main(arguments, prog_name="effray", standalone_mode=False)
         except click.exceptions.NoArgsIsHelpError as error:  # a group without its command
             print(error.ctx.get_help())

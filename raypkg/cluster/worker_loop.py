@@ -12,7 +12,7 @@ from typing import Any
 
 from ray.train.backend import Backend, BackendConfig
 
-from raypkg.core.errors import UserError, exit_is_error
+from raypkg.core.errors import UserError, user_code
 
 PATIENCE = timedelta(days=7)  # LiPT's workers wait for each other's models; Ray notices dead workers
 
@@ -60,7 +60,7 @@ def work(config: dict[str, Any]) -> None:
         number = worker.gather(ray.get(mailbox.next.remote()))[0]
         while task := ray.get(mailbox.task.remote(number)):
             function, arguments = ray.get(task[0])
-            with exit_is_error("the model, the data or a hook"):
+            with user_code():
                 value = function(worker, *arguments)
             worker.gather(None)  # an answer means that every worker is done and its rows have arrived
             if worker.rank == 0:

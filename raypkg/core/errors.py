@@ -4,11 +4,15 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from reprlib import Repr
+from sysconfig import get_path
+from traceback import format_exception_only, walk_tb
 
 LONGEST_WORD = 200  # characters of a path or name that an error shows in full
 MOST_NAMES = 60  # allowed names that an error lists
-OURS = ("raypkg", "ray")  # packages that may end the process, as when a trial is stopped or a signal arrives
+NOT_THEIRS = (Path(__file__).parents[1], Path(get_path("stdlib")))  # folders without a user's files
+INSTALLED = {"site-packages", "dist-packages"}  # folders of packages, wherever they are
 SHOWN = Repr()
 SHOWN.maxstring = SHOWN.maxother = 100
 SHOWN.maxlong = 50
@@ -98,18 +102,28 @@ def as_arguments(*parts: str) -> Iterator[None]:
 
 
 @contextmanager
-def exit_is_error(what: str) -> Iterator[None]:
-    """Turn a ``SystemExit`` of a user's code into an error; otherwise it would look like an interruption.
+def user_code() -> Iterator[None]:
+    """Turn an error or exit of a user's code into one line with the innermost place in his files.
 
-    An exit raised by Ray or this package passes.
+    Other errors pass, as do those of lost workers, and exits by Ray or this package.
     """
     try:
         yield
-    except SystemExit as error:
-        trace = error.__traceback__
-        while trace and trace.tb_next:
-            trace = trace.tb_next
-        module = str(trace.tb_frame.f_globals.get("__name__")) if trace else ""
-        if module.partition(".")[0] in OURS:
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        frames = [*walk_tb(error.__traceback__)]
+        module = f"{frames[-1][0].f_globals.get('__name__')}."
+        ends = isinstance(error, SystemExit)
+        if module.startswith(("ray.", "torch.distributed.")) or (ends and module.startswith("raypkg.")):
             raise
-        raise UserError(f"{what} ended the process by SystemExit({error.code!r}), in {module}") from error
+        places = [(Path(frame.f_code.co_filename), line, frame.f_code.co_name) for frame, line in frames]
+        theirs = [
+            f"{file}, line {line}, in {name}"
+            for file, line, name in places
+            if file.is_file() and not INSTALLED & {*file.parts} and not any(map(file.is_relative_to, NOT_THEIRS))
+        ]
+        if not (theirs or ends):
+            raise
+        place = theirs[-1] if theirs else module[:-1]
+        raise UserError(f"{place}: {format_exception_only(error)[-1]}") from error

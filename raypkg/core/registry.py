@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from .errors import UserError, exit_is_error, unknown
+from .errors import UserError, unknown, user_code
 
 if TYPE_CHECKING:  # it imports pydantic, which a list of names does not need
     from .config import Settings
@@ -120,7 +120,7 @@ class Entry:
         chosen = self.options(options or {})
         if self.source != USER_CODE:
             return self.function(*arguments, **supplied, **chosen)
-        with exit_is_error(repr(self.name)):
+        with user_code():
             return self.function(*arguments, **supplied, **chosen)
 
 
@@ -218,15 +218,16 @@ class Registry:
             raise unknown(f"{self.kind} or module", name, self.names)
         if os.getcwd() not in sys.path:  # a console script does not see the working directory
             sys.path.append(os.getcwd())
-        try:
-            with exit_is_error(f"importing {name!r}"):
+        with user_code():
+            try:
                 module = importlib.import_module(path)
-        except ModuleNotFoundError as error:
-            if error.name and path.startswith(error.name):
-                raise unknown(f"{self.kind} or module", name, self.names) from None
-            raise UserError(f"{self.kind} {name!r}: its module needs {error.name!r}, which is not installed") from error
-        except SyntaxError as error:
-            raise UserError(f"{self.kind} {name!r}: its module is not valid Python: {error}") from None
+            except ModuleNotFoundError as error:
+                if error.name and path.startswith(error.name):
+                    raise unknown(f"{self.kind} or module", name, self.names) from None
+                needed = f"its module needs {error.name!r}, which is not installed"
+                raise UserError(f"{self.kind} {name!r}: {needed}") from error
+            except SyntaxError as error:
+                raise UserError(f"{self.kind} {name!r}: its module is not valid Python: {error}") from None
         if not hasattr(module, attribute):
             raise UserError(f"{self.kind} {name!r}: module {path!r} has no {attribute!r}")
         function = getattr(module, attribute)

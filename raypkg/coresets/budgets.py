@@ -86,15 +86,13 @@ def select_class(
         samples, target, *others = (part.to(device) if isinstance(part, HeadView) else part for part in parts)
     arguments = (samples,) if rule.sizes_itself else (samples, budget)
     given = {"target": target, "valid": target, "memory": memory, "progress": progress, "others": others, **of_models}
-    try:
-        picked = rule(*arguments, options=options, rng=generator(seed, "select", label), **given)
-    except Exception as error:
-        if isinstance(error, UserError) or rule.source != USER_CODE:
-            raise
-        raise UserError(f"coreset rule {rule.name!r} raised {type(error).__name__}: {error}") from error
+    picked = rule(*arguments, options=options, rng=generator(seed, "select", label), **given)
     least = 1 if rule.sizes_itself else budget
     if not isinstance(picked, Coreset) or not least <= len(picked) <= budget or int(picked.indices.max()) >= n:
-        raise UserError(f"coreset rule {rule.name!r} must return a Coreset of {budget} out of {n}")
+        came = f"{type(picked).__name__} of {len(picked)}" if hasattr(picked, "__len__") else type(picked).__name__
+        if isinstance(picked, Coreset) and len(picked):
+            came += f", largest index {int(picked.indices.max())}"
+        raise UserError(f"coreset rule {rule.name!r} must return a Coreset of {budget} out of {n}, not a {came}")
     return Coreset(picked.indices.cpu(), picked.weights.cpu())
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raypkg.core.errors import UserError, shown
-from raypkg.core.registry import USER_CODE, argument
+from raypkg.core.registry import argument
 
 from .sources import dataset
 
@@ -53,8 +53,6 @@ def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: "Ca
         try:
             loaded = entry(root, split=split, options=options, cache=cache)
         except OSError as error:
-            if entry.source == USER_CODE:
-                raise  # keeps its traceback
             raise UserError(f"dataset {name!r} cannot be read: {error}") from None
         if not isinstance(loaded, Split):
             raise UserError(f"dataset {name!r} returned a {type(loaded).__name__}, not a raypkg.data.split.Split")

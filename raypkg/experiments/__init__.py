@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raypkg.core.errors import UserError, exit_is_error
+from raypkg.core.errors import UserError, user_code
 from raypkg.core.registry import Entry, Registry, heavy_imports
 
 if TYPE_CHECKING:  # pydantic and pyarrow, which `--help` does not need
@@ -90,7 +90,7 @@ def carry_out(
     with (
         Report(folder, following, console, listen) as report,
         Workers(settings.cluster, report, ray_files, local={SAMPLES: samples}) as workers,
-        exit_is_error("the model, the data or a hook"),
+        user_code(),
     ):
         entry(settings, samples=samples, report=report, workers=workers)
     return following.finish(folder.summary or {}) if following else ""

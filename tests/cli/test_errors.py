@@ -58,13 +58,32 @@ def test_what_is_refused(refusal, arguments, message):
     assert re.search(message, refusal(arguments))
 
 
-def test_a_bug_in_the_user_s_code_leaves_its_traceback_but_no_run_folder(call, tmp_path, monkeypatch):
-    code = """def broken(root, *, split): raise RuntimeError("a mistake in the user's code")"""
-    (tmp_path / "faulty_code.py").write_text(code)
+FAULTY = """from raypkg import Hook, Split
+def data(root, *, split):
+    raise RuntimeError("of mine")
+def build(shape, num_classes):
+    return {}["of mine"]
+class Wrong(Hook):
+    def on_step(self, run):
+        raise ValueError("two\\nlines")
+class Misused(Hook):
+    def on_epoch(self, run): run.step.nothing
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ("--dataset faulty_code:data", "line 3, in data: RuntimeError: of mine"),
+        ("--model faulty_code:build", "line 5, in build: KeyError: 'of mine'"),
+        ("--model linear --hooks faulty_code:Wrong", "line 8, in on_step: ValueError: two lines"),
+        ("--model linear --hooks faulty_code:Misused", "line 10, in on_epoch: AttributeError: 'int' object has no"),
+    ],
+)
+def test_a_mistake_in_the_user_s_code_is_his_file_and_line(refusal, tmp_path, monkeypatch, options, place):
+    (tmp_path / "faulty_code.py").write_text(FAULTY)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(BaseException, match="a mistake in the user's code"):
-        call("effray train --dataset faulty_code:broken")
-    assert not list(tmp_path.glob("runs/*/*"))
+    assert f"/faulty_code.py, {place}" in refusal(f"train {options} --train.epochs 1 --cluster.workers 0")
 
 
 def test_a_name_that_exists_is_refused_and_a_resumed_run_keeps_its_settings(refusal, after):

@@ -246,6 +246,6 @@ def test_invalid_names_and_functions(name, message):
         load_data(name)
 
 
-def test_an_error_of_the_users_function_keeps_its_traceback():
-    with pytest.raises(FileNotFoundError):
+def test_an_error_of_the_users_function_shows_its_place():
+    with pytest.raises(UserError, match=r"test_datasets\.py, line \d+, in with_a_missing_file: FileNotFoundError"):
         load_data(f"{__name__}:with_a_missing_file")
