@@ -17,6 +17,7 @@ from raypkg.core.errors import UserError
 from raypkg.experiments import experiment
 from raypkg.experiments.train import TrainSettings
 from raypkg.methods.crest.settings import CrestSettings
+from raypkg.runs.catalog import remove, runs_of
 from raypkg.runs.folder import create as create_run
 from raypkg.runs.show import terminal
 from raypkg.runs.storage import Storage
@@ -24,7 +25,7 @@ from raypkg.studies import plots
 from raypkg.studies.figures import Difference, TrialRun, estimated, front, measured_points, paired_difference, ranked
 from raypkg.studies.show import conclude, show_study
 from raypkg.studies.space import Space, order_of
-from raypkg.studies.study import Order, Record, Trial, create_study, find_study, is_study
+from raypkg.studies.study import Order, Record, Study, Trial, create_study, find_study, folded, is_study
 from raypkg.studies.tables import current_function
 from raypkg.studies.trial import run_trial
 from raypkg.studies.tune import resume_sweep
@@ -208,6 +209,8 @@ def test_figures_are_the_last_of_the_main_training_and_the_cost_of_all_phases(sw
     assert TrialRun(sweep.run(2)).figures()["backward"] == 10
     sweep.run(2).finish_phase("pretrain", {"costs": [{"phase": "pretrain", "backward": 500}], "elapsed": 1.0})
     assert TrialRun(sweep.run(2)).figures()["backward"] == 510
+    sweep.run(2).finish_phase("train", {"costs": [{"phase": "train", "backward": 10}], "elapsed": 1.0, "main": True})
+    assert TrialRun(sweep.run(2)).figures()["backward"] == 510  # of an interrupted run, which rows have counted
 
 
 def test_done_trials_come_first_then_the_cheapest_of_equal_ones():
@@ -271,6 +274,25 @@ def test_results_have_every_trial_once_and_the_best_settings_run_again(sweep):
     page = sweep.storage.read("report.html").decode()
     assert page.count("data:image/png;base64,") == 4 and "tune/s/best.toml" in page
     assert "| *1 | done |" in sweep.storage.read("table.md").decode()
+
+
+def test_the_list_counts_stopped_trials_and_names_no_deleted_one(sweep, tmp_path):
+    def line():
+        (only,) = folded(str(tmp_path), runs_of(str(tmp_path), ["crest"]))
+        return only.name.rpartition("best ")[2], only.backward, only.seconds
+
+    conclude(sweep)
+    assert line() == ("s-001", 101 + 201 + 10, 5.0)
+    remove(sweep.run_storage(1))
+    assert line() == ("s-000", 101 + 10, 2.5)
+
+
+def test_a_trial_that_ends_while_the_sweep_is_shown_has_no_results_yet(sweep, monkeypatch, capsys):
+    monkeypatch.setattr(Study, "state", lambda *_: "done")  # read after the folders of the runs
+    for number in range(2):
+        remove(sweep.run_storage(number))
+    show_study(sweep, terminal())
+    assert "best: s-002, accuracy 0.3" in capsys.readouterr().out
 
 
 def test_the_best_settings_are_named_where_they_are(sweep, capsys):

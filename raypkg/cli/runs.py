@@ -31,7 +31,7 @@ HELD = re.compile(
 def list_runs(kind: str | None, root: str, last: int | None, as_json: bool) -> None:
     """List runs, the newest first: state, data, model, accuracy, cost and age.
 
-    The trials of a sweep are one line, with the accuracy of the best and the cost of all finished ones. EXPERIMENT
+    The trials of a sweep are one line: accuracy of the best, samples of all, seconds of finished ones. EXPERIMENT
     lists the runs and sweeps of one experiment; tune = all sweeps.
 
     Example:

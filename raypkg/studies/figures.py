@@ -34,12 +34,13 @@ class TrialRun:
         self.epochs: int = max((row["epoch"] for row in self.rows), default=0)  # of it, so far
         self.summary = folder.summary  # the manifest of a finished run, or None
         # Until there is a manifest with the whole bill, the records of finished phases hold the cost of what came
-        # before the main training.
+        # before the main training. Rows have that of the main training, which may have a record as well.
         self._backward_before = 0
         if not self.summary:
             for file in folder.storage.list("phases"):
                 record = folder.phase(file.removesuffix(".json")) or {}
-                self._backward_before += sum(cost["backward"] for cost in record.get("costs", ()))
+                if not record.get("main"):
+                    self._backward_before += sum(cost["backward"] for cost in record.get("costs", ()))
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """Return epochs and a metric, where it was measured."""

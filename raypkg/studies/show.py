@@ -216,7 +216,8 @@ def _sweep_report(study: Study, final: bool) -> Report:
     lines = []
     if best:
         lines += [f"best: {best['run']}, {metric} {in_full(best[metric])}"]
-        lines += findings(runs[best["trial"]].summary or {})[:1]
+        if summary := runs[best["trial"]].summary:  # None: the trial ended, or was deleted, after its folder was read
+            lines += findings(summary)[:1]
         file = f"{study.storage.root}/{BEST}"
         # A sweep that is running has not written its best settings yet, or has those of an earlier end.
         if not final and parse_toml(study.storage.read(BEST) or b"", file) != study.lasting(best["trial"]):

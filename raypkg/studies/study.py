@@ -341,7 +341,10 @@ def study_around(run: Storage) -> Study | None:
 
 
 def folded(root: str, lines: Sequence[Listed]) -> list[Listed]:
-    """Replace the lines of trials by a line for each study: accuracy of the best trial, cost of all done ones."""
+    """Replace the lines of trials by a line for each study: accuracy of the best trial, cost of all.
+
+    Seconds are those of finished trials, as one that was stopped early has no bill of them.
+    """
     runs = {(line.experiment, line.name): line for line in lines}
     studies = Storage(root) / FOLDER
     try:
@@ -366,8 +369,9 @@ def folded(root: str, lines: Sequence[Listed]) -> list[Listed]:
         trials = {place[1]: runs.pop(place) for place in places if place in runs}
         done = [trial for trial in trials.values() if trial.state == FINISHED]
         metric = study.order.metric
-        rows = [] if table is None else table.to_pylist()
-        measured = [row for row in rows if row.get("state") == DONE and row.get(metric) is not None]
+        rows = {row["run"]: row for row in ([] if table is None else table.to_pylist()) if row["run"] in trials}
+        measured = [rows[trial.name] for trial in done if rows.get(trial.name, {}).get(metric) is not None]
+        backward = [trial.backward or rows.get(name, {}).get("backward") or 0 for name, trial in trials.items()]
         best = str(ranked(measured, metric, study.order.mode)[0]["run"]) if measured else ""
         title = f"{name}: {len(done)} of {max(len(study.trials), study.order.samples)} trials done"
         line = Listed(
@@ -378,7 +382,7 @@ def folded(root: str, lines: Sequence[Listed]) -> list[Listed]:
             model=named(config, "model"),
             method=f"{FOLDER} {study.experiment}",
             accuracy=trials[best].accuracy if best in trials else None,
-            backward=sum(trial.backward or 0 for trial in done) if done else None,
+            backward=sum(backward) or None,
             seconds=sum(trial.seconds or 0 for trial in done) if done else None,
             time=max([time, *(trial.time for trial in trials.values())]),
         )
