@@ -246,11 +246,7 @@ def table(results: list[dict]) -> None:
     """Print a line per method, with the paired difference of its loss from that of random picks, the first method."""
     methods = dict.fromkeys(each["method"] for each in results)
     losses = {name: [each["loss"] for each in results if each["method"] == name] for name in methods}
-    print(
-        print(
-            "| method | of the domain | answers | loss on the target | against random | verdict | accuracy | s | MiB |"
-        )
-    )
+    print("| method | of the domain | answers | loss on the target | against random | verdict | accuracy | s | MiB |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in methods:
         of_it = [each for each in results if each["method"] == name]
