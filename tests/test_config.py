@@ -14,7 +14,6 @@ from raypkg.core.errors import UserError, unknown
 from raypkg.experiments.train import SelectSettings, TrainSettings
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.methods.deltagrad.settings import DeltaGradSettings
-from raypkg.methods.language.settings import InstructSettings
 from raypkg.methods.lipt.settings import LiptSettings
 from raypkg.methods.sparse.settings import SparseSettings
 
@@ -183,7 +182,6 @@ def test_an_interrupt_while_settings_are_stored_stays_one():
     [
         (CrestSettings, "crest", {"overlap": False, "actors": 0, "memory": False, "augmented": True, "look": 3}),
         (DeltaGradSettings, "replay", {"tolerance": False}),
-        (InstructSettings, "warmup", {"by": "less", "models": 4}),
         (LiptSettings, "pretrain", {"shard_fraction": False, "outer_momentum": 0.0}),
         (SparseSettings, "agent", {"samples": False, "every": 1, "snapshot_every_steps": 0, "look_every_epochs": 4}),
     ],

@@ -140,6 +140,20 @@ def test_a_random_baseline_needs_neither_warm_up_nor_rows(folder):
     assert not [*run.glob("*.npy")] and len(picked(run)) == 15
 
 
+def test_lipt_merges_models_of_shards_once_and_goes_on_where_it_died(folder, tmp_path):
+    line = f"instruct --name merged {LESS} --warmup.by lipt --warmup.models 2"
+    ended = effray(line, folder)
+    assert ended.code == 0, ended
+    assert "warm-up by LiPT (ours, not LESS's): 2 models of disjoint shards, merged once" in ended.out
+    run = folder / "runs/instruct/merged"
+    assert np.load(run / "pool.npy").shape == (POOL, WIDTH) and len(picked(run)) == 15
+    before = lambda: kill_at(StoredCheckpoints, "save", lambda calls: len(calls) == 4)  # noqa: E731
+    assert effray(f"{line} --root {tmp_path}", folder, before).code == -signal.SIGKILL
+    assert effray(f"instruct --resume merged --cluster.workers 0 --root {tmp_path}", folder).code == 0
+    here, there = files(tmp_path / "instruct/merged"), files(run)
+    assert [name for name in there if name != "plots/costs.png" and here.get(name) != there[name]] == []
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "due"),
     [
@@ -190,6 +204,7 @@ ERRORS = [
     (f"{COMMON} --select.rule random", "random selects for no target: select.target = instructions:"),
     (f"{COMMON} --select.rule rds_plus --rows.width 5", "rows.width = 5 would do nothing: select.rule = rds_plus"),
     (f"{LESS} --rows.width 16000000 --rows.per_part 100000000", "rows.width = 16,000,000: needed is"),
+    (f"{LESS} --warmup.by lipt --warmup.models 40", "warmup.models = 40: more than the 12 warm-up samples"),
     (f"{LESS} --select.target instructions:nothing", "nothing"),
     (f"{LESS} --set select.target.options.tokenizer=./other", "select.target is cut into the tokens of"),
     (f"{LESS} --dataset digits --model mlp", "digits"),

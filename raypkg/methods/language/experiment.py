@@ -17,7 +17,9 @@ def instruct_stages(settings: InstructSettings) -> list[Stage]:
         stages.insert(0, Stage("rows", files=(f"{POOL}.npy", f"{TARGET}.npy")))
     if settings.by_gradients:
         warmup = settings.warmup
-        stages.insert(0, Stage("warmup", warmup.epochs, batch_size=warmup.batch_size, size=settings.warmup_size))
+        models = warmup.models if warmup.by == "lipt" else 1
+        stage = Stage("warmup", warmup.epochs, models=models, batch_size=warmup.batch_size)
+        stages.insert(0, stage._replace(size=lambda n: -(-settings.warmup_size(n) // models)))
     return stages
 
 

@@ -1,7 +1,6 @@
 """Settings of `effray instruct`."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -36,9 +35,11 @@ class FineTuning(Training):
 class Warmup(FineTuning):
     """Training of the adapters before their gradients are taken (less)."""
 
-    removed: ClassVar[Mapping[str, Any]] = {"by": "less", "models": 4}
-
+    by: Literal["less", "lipt"] = Field(
+        "less", description="less = one model, a checkpoint per epoch; lipt = ours: models of shards, merged once"
+    )
     fraction: Share = Field(0.05, description="share of the pool, drawn at random")
+    models: Count = Field(4, description="models on disjoint shards of that share (lipt)")
     evaluate_every_epochs: int = Field(0, ge=0, description="epochs between evaluations on the held-out samples")
 
 
@@ -98,9 +99,9 @@ class InstructSettings(Experiment):
         """Return the size of the smallest batch of either training, on n samples."""
         from raypkg.coresets.budgets import budget_of
 
-        sizes = [self.train.batch_size, budget_of(self.select.fraction, n)]
+        warmup, sizes = self.warmup, [self.train.batch_size, budget_of(self.select.fraction, n)]
         if self.by_gradients:
-            sizes += [self.warmup.batch_size, self.warmup_size(n)]
+            sizes.append(warmup.models if warmup.by == "lipt" else min(warmup.batch_size, self.warmup_size(n)))
         return min(sizes)
 
     def adaptations(self, n: int) -> dict[str, tuple[Any, str]]:
@@ -117,7 +118,7 @@ class InstructSettings(Experiment):
         from raypkg.coresets.reselection import check_selects_once
         from raypkg.data.kinds import TEXTS
 
-        select = self.select
+        select, warmup = self.select, self.warmup
         check_selects_once(select, has_rows=True)
         if data.train.kind is not TEXTS:
             raise UserError(f"dataset = {self.dataset.name}: instruct fine-tunes on texts, instructions:PATH")
@@ -134,5 +135,7 @@ class InstructSettings(Experiment):
             return
         if self.model.options.get("rank") == 0:
             raise UserError("model.options.rank = 0: LESS takes gradients of adapters, give a rank of 1 or more")
+        if warmup.by == "lipt" and warmup.models > (size := self.warmup_size(n)):
+            raise UserError(f"warmup.models = {warmup.models}: more than the {size} warm-up samples")
         needed = 4 * self.rows.width * (2 * self.rows.batch_size + self.rows.per_part)
         check_memory(f"rows.width = {self.rows.width:,}", needed, "give a smaller one")
