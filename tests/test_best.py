@@ -39,7 +39,7 @@ def accuracies(monkeypatch):
     def measured_with(*values):
         left = list(values)
 
-        def measure(*arguments):
+        def measure(*arguments, **options):
             return {"valid_loss": 1.0, "accuracy": left.pop(0)}
 
         monkeypatch.setattr(training, "measure_held_out", measure)
@@ -125,6 +125,23 @@ def test_stopped_after_any_epoch_and_resumed_equals_never_stopped(tmp_path, accu
     assert same(kept(tmp_path / "straight"), kept(tmp_path / "stopped"))
     for name in ("kept_epoch", "findings", "test_accuracy", "test_loss"):
         assert straight[name] == resumed[name], name
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_training_stops_when_no_better_epoch_comes_and_stays_stopped(tmp_path, accuracies, stop):
+    def interrupt(row):
+        if row["epoch"] == stop:
+            raise KeyboardInterrupt
+
+    accuracies(0.1, 0.8, 0.2, 0.8)
+    with pytest.raises(KeyboardInterrupt):
+        train_model(Worker(report=interrupt), job_of(tmp_path, **{"train.patience": 2}))
+    accuracies(0.8)
+    rows = []
+    record = train_model(Worker(report=rows.append), job_of(tmp_path, **{"train.patience": 2}))
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4] and record["kept_epoch"] == 2
+    assert "epoch 2 of 4, the best of 4" in record["findings"][0]
+    assert record["findings"][0].endswith("; training stopped early, 2 evaluations after it")
 
 
 @pytest.mark.slow

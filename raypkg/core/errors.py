@@ -91,6 +91,17 @@ def shown(value: object) -> str:
         return f"<{type(value).__name__} of too many digits>"
 
 
+def described(value: object) -> str:
+    """Return the kind of a value that a user's code returned: type and shape of an array, otherwise its class.
+
+    >>> described(3), described(bytearray(2))
+    ('int', 'bytearray of 2')
+    """
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype} {list(value.shape)}"
+    return type(value).__name__ + (f" of {len(value)}" if hasattr(value, "__len__") else "")
+
+
 @contextmanager
 def as_arguments(*parts: str) -> Iterator[None]:
     """Name settings of these parts in errors as the arguments of a call that they are: ``tau``, not ``crest.tau``."""

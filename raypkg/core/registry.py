@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -210,30 +210,32 @@ class Registry:
             importlib.import_module(found.module)
         if head in self._entries:
             return self._entries[head]
-        return self._entry(name, self._imported(name), USER_CODE)
+        return self._entry(name, imported(self.kind, name, self.names), USER_CODE)
 
-    def _imported(self, name: str) -> Callable[..., Any]:
-        path, _, attribute = name.partition(":")
-        if not all(part.isidentifier() for part in [*path.split("."), attribute]):
-            raise unknown(f"{self.kind} or module", name, self.names)
-        if os.getcwd() not in sys.path:  # a console script does not see the working directory
-            sys.path.append(os.getcwd())
-        with user_code():
-            try:
-                module = importlib.import_module(path)
-            except ModuleNotFoundError as error:
-                if error.name and path.startswith(error.name):
-                    raise unknown(f"{self.kind} or module", name, self.names) from None
-                needed = f"its module needs {error.name!r}, which is not installed"
-                raise UserError(f"{self.kind} {name!r}: {needed}") from error
-            except SyntaxError as error:
-                raise UserError(f"{self.kind} {name!r}: its module is not valid Python: {error}") from None
-        if not hasattr(module, attribute):
-            raise UserError(f"{self.kind} {name!r}: module {path!r} has no {attribute!r}")
-        function = getattr(module, attribute)
-        if not callable(function):
-            raise UserError(f"{self.kind} {name!r} is a {type(function).__name__}, not a function")
-        return function
+
+def imported(kind: str, name: str, others: Iterable[str] = ()) -> Callable[..., Any]:
+    """Import a user's ``package.module:function``; errors call it a ``kind``, which may be one of the others."""
+    path, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in [*path.split("."), attribute]):
+        raise unknown(f"{kind} or module", name, others)
+    if os.getcwd() not in sys.path:  # a console script does not see the working directory
+        sys.path.append(os.getcwd())
+    with user_code():
+        try:
+            module = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name and path.startswith(error.name):
+                raise unknown(f"{kind} or module", name, others) from None
+            needed = f"its module needs {error.name!r}, which is not installed"
+            raise UserError(f"{kind} {name!r}: {needed}") from error
+        except SyntaxError as error:
+            raise UserError(f"{kind} {name!r}: its module is not valid Python: {error}") from None
+    if not hasattr(module, attribute):
+        raise UserError(f"{kind} {name!r}: module {path!r} has no {attribute!r}")
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise UserError(f"{kind} {name!r} is a {type(function).__name__}, not a function")
+    return function
 
 
 class Lookup(NamedTuple):

@@ -48,7 +48,9 @@ class Dataset(Named):
     )
     validation: float = Field(0.1, ge=0, lt=1, description="share of the training set held out, by seed")
     augment: tuple[str, ...] | None = Field(
-        None, description="crop, crop:2:reflect, flip, altflip, randaugment (default: the data set's own)"
+        None,
+        description="crop, crop:2:reflect, flip, altflip, randaugment or module:function of an image (default: the data"
+        " set's own)",
     )
     only: str | None = Field(None, description="a coreset.parquet: train on its samples only, unweighted")
     noise: float = Field(
@@ -172,7 +174,19 @@ class Train(Training):
         None, alias="from", description="initial weights: a finished run or FILE.safetensors (default: drawn)"
     )
     keep: Literal["last", "best"] = Field(
-        "last", description="epoch whose model is kept; best = with the best held-out accuracy (language models: loss)"
+        "last", description="epoch whose model is kept; best = by the best held-out figure"
+    )
+    best_by: Literal["accuracy", "valid_loss", "metric"] | None = Field(
+        None, description="figure of keep = best (default: accuracy; language models: valid_loss)"
+    )
+    patience: Count | None = Field(
+        None, description="evaluations without a better one after which training stops, with keep = best"
+    )
+    loss: str | None = Field(
+        None, description="module:function(logits [b, C], labels [b]) -> losses [b] to train (default: cross-entropy)"
+    )
+    metric: str | None = Field(
+        None, description="module:function(logits [n, C], labels [n]) -> further figure of evaluations, higher = better"
     )
     average: float | None = Field(
         None, gt=0, lt=1, description="decay per step of an average of the weights, evaluated and kept (default: off)"
@@ -185,7 +199,14 @@ class Train(Training):
     sync_bn: bool = Field(False, description="batch statistics over all workers (GPU only)")
 
     @model_validator(mode="after")
-    def _check_sync_bn(self) -> Self:
+    def _check_unused(self) -> Self:
+        for name in ("best_by", "patience"):
+            if self.keep == "last" and getattr(self, name) is not None:
+                raise UserError(f"train.{name} = {getattr(self, name)} does nothing without train.keep = best")
+        if self.best_by == "metric" and self.metric is None:
+            raise UserError("train.best_by = metric: there is no train.metric")
+        if self.loss is not None and self.label_smoothing:
+            raise UserError(f"train.label_smoothing = {self.label_smoothing:g} does nothing with a train.loss")
         if self.sync_bn and self.micro_batch is not None:
             reason = "workers may have unequal numbers of parts"
             raise UserError(f"train.sync_bn = true excludes train.micro_batch: {reason}")
@@ -282,7 +303,7 @@ class RunSettings(Settings):
     """Settings of every experiment."""
 
     argument: ClassVar[str] = ""  # the setting that its command takes as an argument
-    shards: ClassVar[bool] = False  # whether its training takes cluster.strategy = fsdp
+    plain: ClassVar[bool] = False  # whether it trains by the loop alone: as train.loss and cluster.strategy = fsdp need
 
     seed: int = Field(0, ge=0, description="of all randomness")
     dataset: Dataset = Dataset()
@@ -304,7 +325,7 @@ class RunSettings(Settings):
             return self
         train, model = getattr(self, "train", None), getattr(self, "model", Model()).name
         problem = ""
-        if not self.shards:
+        if not self.plain:
             problem = "is for effray train and instruct"
         elif model.partition(":")[0] not in ("transformers", "transformers-lm"):
             problem = f"is for models of transformers, not {model}"
@@ -351,6 +372,21 @@ class Experiment(RunSettings):
         if not 0 < every <= self.epochs:
             setting = f"train.evaluate_every_epochs = {every}"
             raise UserError(f"train.keep = best: {setting} of {self.epochs} epochs evaluates none")
+        return self
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        """Refuse a loss of the user's where a method goes by gradients or records of the cross-entropy."""
+        loss, select = getattr(getattr(self, "train", None), "loss", None), getattr(self, "select", None)
+        problem = ""
+        if not self.plain:
+            problem = "it is for effray train, methods go by the cross-entropy"
+        elif own := next((named.name for named in self.hooks if ":" not in named.name), None):
+            problem = f"the hook {own} goes by the cross-entropy"
+        elif select and select.rule != "random":
+            problem = f"select.rule = {select.rule} goes by the cross-entropy, only random does not"
+        if loss is not None and problem:
+            raise UserError(f"train.loss = {loss}: {problem}")
         return self
 
     def adaptations(self, n: int) -> dict[str, tuple[Any, str]]:

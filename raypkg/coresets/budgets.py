@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, described
 from raypkg.core.registry import USER_CODE
 from raypkg.core.seeds import generator
 from raypkg.data.coreset import Coreset
@@ -89,7 +89,7 @@ def select_class(
     picked = rule(*arguments, options=options, rng=generator(seed, "select", label), **given)
     least = 1 if rule.sizes_itself else budget
     if not isinstance(picked, Coreset) or not least <= len(picked) <= budget or int(picked.indices.max()) >= n:
-        came = f"{type(picked).__name__} of {len(picked)}" if hasattr(picked, "__len__") else type(picked).__name__
+        came = described(picked)
         if isinstance(picked, Coreset) and len(picked):
             came += f", largest index {int(picked.indices.max())}"
         raise UserError(f"coreset rule {rule.name!r} must return a Coreset of {budget} out of {n}, not a {came}")

@@ -13,16 +13,21 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raypkg.core.errors import UserError, unknown
+from raypkg.core.errors import UserError, described, unknown
+from raypkg.core.registry import imported
+from raypkg.core.seeds import seeded
 
 SMOOTHING = [[1.0, 1.0, 1.0], [1.0, 5.0, 1.0], [1.0, 1.0, 1.0]]
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey
 CROP = re.compile(r"crop:([1-9]\d?)(:reflect)?")  # a crop with its border in pixels
+
+LOCK = Lock()  # of the global generator
 
 Change = Callable[[Tensor, Tensor], Tensor]  # (uint8 [b, C, H, W], uniforms [b, draws]) → uint8 [b, C, H, W]
 Operation = Callable[[Tensor, float, Tensor], Tensor]
@@ -36,6 +41,7 @@ class Augmentation:
     draws: int
     change: Change
     alternating: tuple[int, ...] = ()  # columns of uniforms that are 0 or 1 by turns of epochs, at first by a draw
+    is_own: bool = False  # a user's function has a part: it draws from the global generator, so no thread may run it
 
     def __call__(self, x: Tensor, u: Tensor) -> Tensor:
         """Change uint8 images [b, C, H, W] by uniforms [b, draws]."""
@@ -50,6 +56,10 @@ def compose(names: Sequence[str]) -> Augmentation:
             steps.append(Augmentation(2, partial(crop, border=int(sized[1]), is_reflected=sized[2] is not None)))
         elif name in AUGMENTATIONS:
             steps.append(AUGMENTATIONS[name])
+        elif ":" in name and not name.startswith("crop:"):
+            steps.append(
+                Augmentation(1, partial(own, name, imported("augmentation", name, AUGMENTATIONS)), is_own=True)
+            )
         else:
             raise unknown("augmentation", name, [*AUGMENTATIONS, "crop:2", "crop:2:reflect"])
     draws = [step.draws for step in steps]
@@ -64,7 +74,22 @@ def compose(names: Sequence[str]) -> Augmentation:
             x = step(x, uniforms)
         return x
 
-    return Augmentation(sum(draws), change, tuple(alternating))
+    return Augmentation(sum(draws), change, tuple(alternating), any(step.is_own for step in steps))
+
+
+def own(name: str, function: Callable[[Tensor], Tensor], x: Tensor, u: Tensor) -> Tensor:
+    """Change each image, uint8 [C, H, W], by a user's function, such as a transform of torchvision.transforms.v2.
+
+    PyTorch's global generator, seeded for the image while the function runs, gives its random numbers.
+    """
+    out = torch.empty_like(x)
+    for i, draw in enumerate(u[:, 0].tolist()):
+        with LOCK, seeded(int(draw * 2**24), "augment"):
+            changed = function(x[i])
+        if described(changed) != (needed := described(x[i])):
+            raise UserError(f"augmentation {name!r} must return {needed}, not {described(changed)}")
+        out[i] = changed
+    return out
 
 
 def crop(x: Tensor, u: Tensor, border: int = 0, is_reflected: bool = False) -> Tensor:

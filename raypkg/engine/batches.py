@@ -111,7 +111,7 @@ class Batches:
             samples = self.coreset.part(positions)
             return training_batch(self.split, samples, augment, draws, self.worker, self.dtype, self.empty)
 
-        return ahead(load, draw_jobs(), loaders_of(self.split))
+        return map(load, draw_jobs()) if augment.is_own else ahead(load, draw_jobs(), loaders_of(self.split))
 
 
 def shuffled(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:

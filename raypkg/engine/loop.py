@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, described
 from raypkg.core.seeds import seeded
 from raypkg.core.settings import whole_steps
 from raypkg.data.kinds import IMAGES
@@ -88,7 +88,7 @@ def fit(
     model = run.model if run.sharded else run.worker.distribute(run.model)
     if run.settings.compile:
         model = torch.compile(model)  # type: ignore[assignment]
-    while run.epoch < (run.last or run.length or run.settings.epochs):
+    while not run.stopped and run.epoch < (run.last or run.length or run.settings.epochs):
         # Draws of layers such as dropout follow from seed, epoch and rank.
         with seeded(run.seed, "dropout", run.epoch, run.worker.rank), modes():
             for hook in run.hooks:
@@ -159,9 +159,11 @@ def train_step(run: Run, model: nn.Module, batch: Batch) -> Tensor:
             with autocast(settings.precision, part.x.device):
                 output = model(part.x)
             losses, hits = scored(output, part.y)
-            weighted = losses @ part.weights  # Σ w·loss, recorded without label smoothing
+            weighted = losses @ part.weights  # Σ w·cross-entropy, recorded whatever is trained
             objective = weighted
-            if settings.label_smoothing:
+            if run.loss:
+                objective = own_losses(run.loss, output, part.y).to(weighted.dtype) @ part.weights
+            elif settings.label_smoothing:
                 objective = losses_of(output, part.y, settings.label_smoothing) @ part.weights
             # DDP averages over workers, so each worker's share of Σ w·loss / total is scaled by their number.
             (objective * (run.worker.world / part.total)).backward()
@@ -209,6 +211,27 @@ def losses_of(logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
     return F.cross_entropy(wide, y, reduction="none", label_smoothing=smoothing)
 
 
+def own_losses(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: Tensor) -> Tensor:
+    """Return the samples' losses [b] by a user's function of logits [b, C], in at least 32 bits, and labels [b]."""
+    losses = function(logits.to(torch.promote_types(logits.dtype, torch.float32)), y)
+    if not (isinstance(losses, Tensor) and losses.shape == y.shape and losses.requires_grad):
+        came = described(losses) + " without a gradient" * (getattr(losses, "shape", None) == y.shape)
+        raise UserError(f"train.loss must return a loss with a gradient for each of {len(y)} samples, not {came}")
+    return losses
+
+
+def figure_of(metric: Callable[[Tensor, Tensor], Any], logits: Tensor, y: Tensor) -> float:
+    """Return a user's figure of logits [n, C] and labels [n]."""
+    value = metric(logits, y)
+    try:
+        figure = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"train.metric must return a number, not {described(value)}") from None
+    if not math.isfinite(figure):
+        raise UserError(f"train.metric returned {figure}, which is not finite")
+    return figure
+
+
 def output_of(model: nn.Module, x: Tensor, views: str) -> Any:
     """Return the model's output on x, or the mean logits of ``views`` of images [b, C, H, W] (arXiv:2404.00498).
 
@@ -243,11 +266,13 @@ def evaluate(
     *,
     precision: str = "auto",
     views: str = "plain",
+    metric: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> dict[str, float]:
     """Return the mean loss and the accuracy of rank 0's model on the samples at ``indices``, int64 [n] (default: all).
 
     Of a language model the loss is per answered token, the accuracy is that of first answered tokens, and perplexity,
-    e to the loss, is a third figure. Logits of images are averaged over ``views``: plain, mirrored or shifted.
+    e to the loss, is a third figure. Logits of images are averaged over ``views``: plain, mirrored or shifted. A
+    ``metric`` of all logits float [n, C] and labels int64 [n], on the CPU, is a further figure.
     Each worker evaluates its slice; without one, this process does on its CPU. The model's mode is restored, and the
     forward passes are added to ``cost``.
 
@@ -270,6 +295,7 @@ def evaluate(
         mine = torch.cat([mine, indices[: -(-len(indices) // worker.world) - left]])
     totals = torch.zeros(2, dtype=torch.float64, device=worker.device)  # Σ loss, correct
     answers = False
+    outputs = []
     with cost:
         worker.share(model.buffers())  # running statistics of batch norm drift apart
         model.eval()
@@ -278,10 +304,15 @@ def evaluate(
                 output = output_of(model, x, views)
             answers = isinstance(output, Answered)
             losses, hits = (scores[:left] for scores in scored(output, y))
+            if metric:
+                outputs.append(output[:left].float().cpu())
             left = max(0, left - len(y))
             totals += torch.stack([losses.sum().double(), hits.sum().double()])
         model.train(was_training)
         mean_loss, accuracy = (worker.sum(totals) / max(1, len(indices))).tolist()
     cost.forward += len(mine) * VIEWS[views]
     metrics = {"loss": mean_loss, "accuracy": accuracy}
+    if metric:  # slices are consecutive, in the order of ranks
+        logits = torch.cat([part for parts in worker.gather(outputs) for part in parts])
+        metrics["metric"] = figure_of(metric, logits, split.y[indices])
     return metrics | {"perplexity": math.exp(min(mean_loss, MOST_NATS))} if answers else metrics

@@ -50,6 +50,8 @@ class Run:
     sharded: bool = False  # whether the workers share the parameters (FSDP2), instead of a copy each (DDP)
     label: int | None = None  # number of this model in the metrics, where a phase trains several
     main: bool = True  # False for a training that prepares the run's main one
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None  # trained instead of the cross-entropy, [b, C] and [b] → [b]
+    stopped: bool = False  # ends training after the epoch; hooks may set it, alike on all workers
     trace: Callable[[bytes], None] | None = None  # stores the trace of the second epoch's first steps
     epoch: int = 0
     step: int = 0
@@ -83,12 +85,14 @@ class Run:
         seed: int = 0,
         augment: Sequence[str] | None = None,
         worker: Worker | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         **training: Any,
     ) -> Run:
         """Return a training of ``model`` in place, in this process, for ``fit``.
 
         Settings are given as an object or by name, such as ``epochs=10, lr=0.1``. By default it trains on all samples
-        of the split, with the augmentations that suit the data, on the CPU.
+        of the split, with the augmentations that suit the data, on the CPU. ``loss`` maps logits [b, C] and labels [b]
+        to the samples' losses [b] (default: cross-entropy).
 
         Raises:
             UserError: an unknown setting, an invalid value, settings given in both ways, or no Split.
@@ -114,6 +118,7 @@ class Run:
             augment=split.augment if augment is None else augment,
             cost=Cost("train"),
             hooks=hooks,
+            loss=loss,
         )
 
     def batches(self) -> Epoch:
@@ -167,6 +172,7 @@ class Run:
             "coreset": {"indices": self.coreset.indices, "weights": self.coreset.weights},
             "epoch": self.epoch,
             "step": self.step,
+            "stopped": self.stopped,
             "rows": list(self.rows),
             "bills": [bill.record() for bill in bills],
         }
@@ -188,6 +194,7 @@ class Run:
         self.coreset = Coreset(**state["coreset"])
         self.epoch = state["epoch"]
         self.step = state["step"]
+        self.stopped = state.get("stopped", False)  # of an earlier version's checkpoint
         self.rows = list(state["rows"])
         self._earlier = {bill["phase"]: Cost(**bill) for bill in state["bills"]}
         self.cost = Cost(self.phase)

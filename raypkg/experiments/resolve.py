@@ -22,7 +22,7 @@ from raypkg.core.address import is_uri
 from raypkg.core.config import Named, dotted, fields_of, load_settings, read_toml
 from raypkg.core.errors import UserError
 from raypkg.core.presets import with_preset, without
-from raypkg.core.registry import Lookup, heavy_imports
+from raypkg.core.registry import Lookup, heavy_imports, imported
 from raypkg.core.settings import Experiment, Model, RunSettings, Select, Target, Train
 from raypkg.data.sources import dataset
 from raypkg.engine import hook
@@ -115,6 +115,9 @@ def check_names(settings: RunSettings) -> None:
         if needs := hook[named.name].needs:
             raise UserError(f"hook {named.name!r} needs {needs[0]!r}, which nobody gives: it takes keywords only")
     compose(settings.dataset.augment or ())
+    for kind in ("loss", "metric"):
+        if name := getattr(getattr(settings, "train", None), kind, None):
+            imported(f"train.{kind}", name)
     if settings.track.name == "wandb":
         from raypkg.runs.tracking import wandb_settings
 

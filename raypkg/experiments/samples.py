@@ -151,6 +151,9 @@ def _check_answers(settings: Experiment, train: Split) -> None:
         smoothing = getattr(getattr(settings, part, None), "label_smoothing", 0)
         if smoothing:
             raise UserError(f"{part}.label_smoothing = {smoothing:g}: a language model sees no labels to smooth")
+        for name in ("loss", "metric"):
+            if function := getattr(getattr(settings, part, None), name, None):
+                raise UserError(f"{part}.{name} = {function}: a language model has no logits and labels of classes")
     x, _ = train.batch(train.spread(LOOK, blocks=LOOKED_AT).unique())
     if not (x[:, 1, 1:] == 1).any(1).all():
         raise UserError(

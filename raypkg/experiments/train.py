@@ -24,7 +24,7 @@ class TrainSelect(Reselect):
 class TrainSettings(Experiment):
     """Settings of `effray train`."""
 
-    shards = True
+    plain = True
 
     coreset: str | None = Field(None, description="a coreset.parquet to begin with")
     select: TrainSelect | None = Field(

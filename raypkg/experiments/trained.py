@@ -168,6 +168,12 @@ def settings_of_trained(folder: RunFolder) -> Experiment:
     return load_settings(Experiment, common)
 
 
+def check_cross_entropy(folder: RunFolder, reader: str) -> None:
+    """Refuse a run whose training had another loss, for a reader of the gradients of its cross-entropy."""
+    if loss := folder.config.get("train", {}).get("loss"):
+        raise UserError(f"run {folder.name} has train.loss = {loss}, {reader} goes by the cross-entropy")
+
+
 def restored_model(folder: RunFolder, settings: Experiment, data: Data) -> Classifier | LanguageModel:
     """Return the model of a finished run with its weights, in their precision; refuse one whose code has changed."""
     check_has_model(folder)

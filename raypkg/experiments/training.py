@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
 from raypkg.core.errors import UserError, shown
+from raypkg.core.registry import imported
 from raypkg.core.settings import Experiment, Reselect, Train, Training
 from raypkg.coresets.record import Record, Recorder
 from raypkg.coresets.rules import coreset as coreset_rule
@@ -102,7 +103,10 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
         hooks = _hooks(worker, job, samples, closing)
         best = next((each for each in hooks if isinstance(each, BestEpoch)), None)
         averaged = next((each.within for each in hooks if isinstance(each, Average)), nullcontext)
+        own = {name: getattr(settings, name, None) for name in ("loss", "metric")}
+        functions = {name: given and imported(f"train.{name}", given) for name, given in own.items()}
         views = settings.evaluate_views if isinstance(settings, Train) else "plain"
+        options: dict[str, Any] = {"precision": settings.precision, "views": views, "metric": functions["metric"]}
         if views != "plain" and samples.data.train.kind is not IMAGES:
             raise UserError(f"train.evaluate_views = {views}: the samples are no images, {views} ones do not exist")
         model = new_model(job.experiment, samples.data)
@@ -134,6 +138,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
             last=job.last,
             main=job.main,
             sharded=sharded,
+            loss=functions["loss"],
             trace=partial(job.storage.write, TRACE) if traces else None,
         )
 
@@ -142,9 +147,9 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
             if not every or epoch % every:
                 return {}
             with averaged(model):
-                measured = measure_held_out(model, samples, worker, settings, run.bill("evaluate"), views)
+                measured = measure_held_out(model, samples, worker, run.bill("evaluate"), **options)
                 if best:
-                    best.take(model, epoch, measured)
+                    run.stopped = best.take(model, epoch, measured)
             return measured
 
         fit(run, checkpoints=StoredCheckpoints(job.storage / "checkpoints" / job.phase), measure=measure)
@@ -154,8 +159,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
             trained = new_model(job.experiment, samples.data)
             trained.to(worker.device, dtype_of(run.model)).to(memory_format=torch.channels_last)
             trained.load_state_dict(best.weights)
-        bill = run.bill("evaluate")
-        test = evaluate(trained, samples.data.test, None, worker, bill, precision=settings.precision, views=views)
+        test = evaluate(trained, samples.data.test, None, worker, run.bill("evaluate"), **options)
         weights = whole(trained.state_dict())
         left = _keep(run, weights, job, samples) if worker.rank == 0 else {}
         record = {
@@ -183,7 +187,7 @@ def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> li
             if not len(samples.held_out):
                 problem = "train.keep = best is by held-out samples, and there are none"
                 raise UserError(f"{problem}: raise dataset.validation")
-            hooks.append(BestEpoch())
+            hooks.append(BestEpoch(settings.best_by, settings.patience))
         if settings.average is not None:
             hooks.append(Average(settings.average))
     if job.select:
@@ -298,37 +302,45 @@ class Average(Hook):
 
 
 class BestEpoch(Hook):
-    """Holds the weights of the epoch with the best held-out accuracy, or loss of a language model; the first of equals.
+    """Holds the weights of the epoch with the best held-out figure, the first of equals. Checkpoints have them.
 
-    Checkpoints have them.
+    The figure is the accuracy, or the loss of a language model, unless it is named.
     """
 
     sharded = True
 
-    def __init__(self) -> None:
+    def __init__(self, by: str | None = None, patience: int | None = None) -> None:
+        self._by = by
+        self._patience = patience
+        self.waited = 0  # evaluations since the best
         self.epoch = 0  # 0 = none yet
         self.score = -math.inf
         self.figure = ""
         self.measured = 0  # epochs
         self.weights: dict[str, Tensor] = {}
 
-    def take(self, model: nn.Module, epoch: int, measured: Mapping[str, float]) -> None:
-        """Record an epoch's figures, and copy the weights if it is the best so far."""
+    def take(self, model: nn.Module, epoch: int, measured: Mapping[str, float]) -> bool:
+        """Record an epoch's figures, and copy the weights if it is the best so far; return True to stop training."""
         self.measured += 1
-        score, figure = measured["accuracy"], f"accuracy {measured['accuracy']:.2%}"
-        if "perplexity" in measured:
-            score, figure = -measured["valid_loss"], f"perplexity {measured['perplexity']:.2f}"
+        self.waited += 1
+        by = self._by or ("valid_loss" if "perplexity" in measured else "accuracy")
+        score = -measured[by] if by == "valid_loss" else measured[by]
         if score > self.score:
+            self.waited = 0
             self.epoch = epoch
             self.score = score
-            self.figure = figure
+            shown = "perplexity" if by == "valid_loss" and "perplexity" in measured else by.replace("_", " ")
+            value = measured.get(shown, measured[by])
+            self.figure = f"accuracy {score:.2%}" if by == "accuracy" else f"{shown} {value:.4g}"
             self.weights = {name: tensor.to("cpu", copy=True) for name, tensor in whole(model.state_dict()).items()}
+        return self._patience is not None and self.waited >= self._patience
 
     def results(self, run: Run) -> Results:
         """Return the number of the best epoch."""
         epoch = f"the model is that of epoch {self.epoch} of {run.epoch}"
         best = f"the best of {self.measured} on the held-out samples: {self.figure}"
-        return Results(facts={"kept_epoch": self.epoch}, findings=[f"{epoch}, {best}"])
+        stopped = f"; training stopped early, {self.waited} evaluations after it" if run.stopped else ""
+        return Results(facts={"kept_epoch": self.epoch}, findings=[f"{epoch}, {best}{stopped}"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best epoch so far, with its weights."""
@@ -350,13 +362,12 @@ def synchronised(model: nn.Module, settings: Training, worker: Worker) -> nn.Mod
 
 
 def measure_held_out(
-    model: nn.Module, samples: Samples, worker: Worker, settings: Training, cost: Cost, views: str = "plain"
+    model: nn.Module, samples: Samples, worker: Worker, cost: Cost, **options: Any
 ) -> dict[str, float]:
-    """Return loss, accuracy and perplexity, if any, on the held-out samples, or nothing if there are none."""
+    """Return the figures of ``evaluate`` on the held-out samples, or nothing if there are none."""
     if not len(samples.held_out):
         return {}
-    split = samples.data.train
-    result = evaluate(model, split, samples.held_out, worker, cost, precision=settings.precision, views=views)
+    result = evaluate(model, samples.data.train, samples.held_out, worker, cost, **options)
     return {"valid_loss": result.pop("loss"), **result}
 
 

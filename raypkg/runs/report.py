@@ -184,6 +184,8 @@ class Report:
             parts.append(f"perplexity {row['perplexity']:.2f}")
         elif "accuracy" in row:
             parts.append(f"accuracy {row['accuracy']:.1%}")
+        if "metric" in row:
+            parts.append(f"metric {row['metric']:.4g}")
         return "  ".join(parts)
 
     def phase(self, name: str, work: Callable[[], dict[str, Any]], *, epochs: int, models: int = 1) -> dict[str, Any]:

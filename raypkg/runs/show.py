@@ -113,6 +113,8 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
         if "test_perplexity" in summary:
             first = f"first answered token right {accuracy:.2%}"
             tested = f"test perplexity {summary['test_perplexity']:.2f} (loss {loss:.3f} per answered token, {first})"
+        if "test_metric" in summary:
+            tested += f", metric {summary['test_metric']:.4g}"
         lines.append(f"{tested}, trained on {chosen}")
         lines.append(f"{backward:,} samples backward, {100 * backward / full:.1f} % of full training ({full:,})")
     elif coreset is not None:

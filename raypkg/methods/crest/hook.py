@@ -71,8 +71,11 @@ class Crest(Hook):
     def on_start(self, run: Run) -> None:
         """Refuse a model of another kind."""
         check_kind(run.model, self.options.choose)
-        if compose(run.augment).alternating:
+        augment = compose(run.augment)
+        if augment.alternating:
             raise UserError("dataset.augment = altflip: CREST draws samples without regard to epochs: use flip")
+        if augment.is_own:
+            raise UserError(f"dataset.augment = {','.join(run.augment)}: CREST augments by operations of effray alone")
 
     def batches(self, run: Run) -> Epoch:
         """Return the mini-batch coresets of an epoch."""

@@ -69,7 +69,7 @@ class InstructTrain(FineTuning, Train):
 class InstructSettings(Experiment):
     """Settings of `effray instruct`."""
 
-    shards = True
+    plain = True
 
     preset: PresetName = PUBLISHED
     model: LanguageOptions = LanguageOptions()

@@ -153,7 +153,7 @@ def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) ->
     held_out = {}
     if worker.rank == 0:
         save_tensors(storage, MERGED_FILE if pretrain.joint_epochs else RESULT, model.state_dict())
-        held_out = measure_held_out(model, context.samples, context.local, pretrain, evaluating)
+        held_out = measure_held_out(model, context.samples, context.local, evaluating, precision=pretrain.precision)
 
     # The costs over all workers, and the time with one worker per model.
     training = Cost("pretrain")
