@@ -294,8 +294,10 @@ class Cluster(Settings):
 class Track(Settings):
     """Tracking of metrics in addition to the run folder."""
 
-    name: Literal["wandb"] | None = Field(None, description="wandb; it logs offline if there is no key")
-    project: str = Field("effray", min_length=1, description="W&B project")
+    name: Literal["wandb", "tensorboard", "mlflow"] | None = Field(
+        None, description="wandb (offline if there is no key), tensorboard or mlflow"
+    )
+    project: str = Field("effray", min_length=1, description="W&B project or MLflow experiment")
     profile: bool = Field(False, description="trace steps of the second epoch: trace.json.gz, for ui.perfetto.dev")
 
 

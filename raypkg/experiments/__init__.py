@@ -82,10 +82,10 @@ def carry_out(
 
         take_over(folder, stages_of(entry.name, settings), donors)
     following = None
-    if settings.track.name == "wandb":
-        from raypkg.runs.tracking import Wandb
+    if settings.track.name:
+        from raypkg.runs.tracking import tracker
 
-        following = Wandb(settings, folder, group or entry.name)
+        following = tracker(settings, folder, group or entry.name)
     ray_files = (folder.storage / "ray").uri
     with (
         Report(folder, following, console, listen) as report,

@@ -118,10 +118,10 @@ def check_names(settings: RunSettings) -> None:
     for kind in ("loss", "metric"):
         if name := getattr(getattr(settings, "train", None), kind, None):
             imported(f"train.{kind}", name)
-    if settings.track.name == "wandb":
-        from raypkg.runs.tracking import wandb_settings
+    if settings.track.name:
+        from raypkg.runs.tracking import check_tracker
 
-        wandb_settings(settings.track)  # raises what W&B refuses
+        check_tracker(settings.track)
 
 
 def with_tokenizer(settings: R) -> R:

@@ -16,7 +16,7 @@ from raypkg.core.settings import whole_steps
 
 if TYPE_CHECKING:  # they import pyarrow, which `--help` does not need
     from .folder import RunFolder
-    from .tracking import Wandb
+    from .tracking import Tracker
 
 
 Listener = Callable[[Mapping[str, Any]], None]  # receives rows of metrics
@@ -91,7 +91,7 @@ class Report:
     and may stop the run there by ``SystemExit``, as a study does with a poor trial.
     """
 
-    def __init__(self, folder: RunFolder, tracker: Wandb | None, console: Console, listen: Listener | None = None):
+    def __init__(self, folder: RunFolder, tracker: Tracker | None, console: Console, listen: Listener | None = None):
         self.folder = folder
         self._tracker = tracker
         self._listen = listen

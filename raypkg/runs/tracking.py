@@ -1,15 +1,19 @@
-"""Tracking of metrics in W&B; the only importer of wandb."""
+"""Tracking of metrics in W&B, TensorBoard or MLflow; the only importer of them."""
 
+import logging
 import netrc
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ValidationError
 
+from raypkg.core.config import dotted, to_toml
 from raypkg.core.errors import UserError, shown
+from raypkg.core.registry import extra
 from raypkg.core.settings import RunSettings, Track
 
 from .folder import RunFolder
@@ -18,6 +22,46 @@ if TYPE_CHECKING:
     import wandb
 
 PATIENCE = 10  # seconds for the first answer of the W&B server, unless WANDB_INIT_TIMEOUT is set
+
+
+class Tracker(Protocol):
+    """A run in a tracker, opened with its settings, its folder and the name of its group."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Log the numbers of a row of metrics."""
+
+    def finish(self, summary: Mapping[str, Any]) -> str:
+        """Log the manifest and close; return a line for the user, or an empty string."""
+
+    def abandon(self) -> None:
+        """Close as failed; nothing more is written."""
+
+
+def tracker(settings: RunSettings, folder: RunFolder, group: str) -> Tracker:
+    """Open a run's tracker."""
+    kinds: dict[str, type[Any]] = {"wandb": Wandb, "tensorboard": TensorBoard, "mlflow": MLflow}
+    opened: Tracker = kinds[settings.track.name or ""](settings, folder, group)
+    return opened
+
+
+def check_tracker(track: Track) -> None:
+    """Refuse what W&B refuses, and a tracker that is not installed."""
+    if track.name == "wandb":
+        wandb_settings(track)
+    elif track.name:
+        _package(track.name)
+
+
+def _package(name: str) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves the machine unasked
+    return extra({"tensorboard": "tensorboardX"}.get(name, name), name, f"track.name = {name}")
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a row of metrics under its phase, and its model if there are several."""
+    model = row.get("model")
+    prefix = row["phase"] if model is None else f"{row['phase']}/model_{model}"
+    return {f"{prefix}/{name}": value for name, value in row.items() if isinstance(value, float | int)}
 
 
 class Wandb:
@@ -38,12 +82,8 @@ class Wandb:
             )
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Log the numbers of a row of metrics under its phase, and its model if there are several."""
-        prefix = row["phase"]
-        if row.get("model") is not None:
-            prefix += f"/model_{row['model']}"
-        numbers = {name: value for name, value in row.items() if isinstance(value, float | int)}
-        self._run.log({f"{prefix}/{name}": value for name, value in numbers.items()})
+        """Log the numbers of a row of metrics."""
+        self._run.log(_numbers(row))
 
     def finish(self, summary: Mapping[str, Any]) -> str:
         """Log the manifest, the plots and the coreset, and close; return a line for the user, or an empty string."""
@@ -99,3 +139,73 @@ def _one_line() -> Iterator[None]:
         offline = "; see `wandb login`, or go without a server by WANDB_MODE=offline"
         hint = offline if isinstance(error, wandb.errors.CommError) else ""
         raise UserError(f"W&B: {reason}{hint}") from None
+
+
+class TensorBoard:
+    """Event files in the run folder, by epoch."""
+
+    def __init__(self, settings: RunSettings, folder: RunFolder, group: str):
+        if not folder.storage.local:
+            raise UserError(f"track.name = tensorboard: {folder.storage.root} is remote, event files are local")
+        self._files = folder.storage.local / "tensorboard"
+        self._writer = _package("tensorboard").SummaryWriter(str(self._files))
+        self._writer.add_text("config", f"    {to_toml(settings)}".replace("\n", "\n    "))
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Log the numbers of a row of metrics."""
+        for name, value in _numbers(row).items():
+            self._writer.add_scalar(name, value, row.get("epoch", 0))
+
+    def finish(self, summary: Mapping[str, Any]) -> str:
+        """Log the numbers of the manifest and close; return the command that shows them."""
+        self.log({**summary, "phase": "summary"})
+        self.abandon()
+        return f"TensorBoard: tensorboard --logdir {self._files}"
+
+    def abandon(self) -> None:
+        """Close the files."""
+        self._writer.close()
+
+
+class MLflow:
+    """One MLflow run per run folder, where MLFLOW_TRACKING_URI says: by default a database in the working folder."""
+
+    def __init__(self, settings: RunSettings, folder: RunFolder, group: str):
+        self._mlflow = _package("mlflow")
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        self._client = self._mlflow.MlflowClient()
+        with self._one_line():
+            experiment = self._mlflow.set_experiment(settings.track.project).experiment_id
+            tags = {"group": group, "folder": folder.storage.uri}
+            self._id = self._client.create_run(experiment, tags=tags, run_name=folder.name).info.run_id
+            for name, value in dotted(settings.model_dump(mode="json")).items():
+                self._client.log_param(self._id, name, value)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Log the numbers of a row of metrics."""
+        now = int(1000 * time.time())
+        metric, epoch = self._mlflow.entities.Metric, row.get("epoch", 0)
+        with self._one_line():
+            metrics = [metric(name, value, now, epoch) for name, value in _numbers(row).items()]
+            self._client.log_batch(self._id, metrics=metrics)
+
+    def finish(self, summary: Mapping[str, Any]) -> str:
+        """Log the numbers of the manifest and close; return the command that shows them, unless a server does."""
+        self.log({**summary, "phase": "summary"})
+        with self._one_line():
+            self._client.set_terminated(self._id)
+        uri = self._mlflow.get_tracking_uri()
+        return "" if uri.startswith("http") else f"MLflow: mlflow ui --backend-store-uri {uri}"
+
+    def abandon(self) -> None:
+        """Close as failed; nothing more is written."""
+        with suppress(self._mlflow.exceptions.MlflowException):  # the run's own error is shown
+            self._client.set_terminated(self._id, "FAILED")
+
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except self._mlflow.exceptions.MlflowException as error:
+            first = str(error).partition("\n")[0]
+            raise UserError(f"MLflow: {first}") from None
