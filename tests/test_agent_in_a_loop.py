@@ -188,7 +188,7 @@ class Loop:
         masks = {}
         for name, mask in self.training.masks.items():
             weight = self.training.weights[name].data
-            count = int(drop_fraction(0.5, self.training.step / STEPS, "cosine") * int(mask.sum()) + 1e-9)
+            count = int(drop_fraction(0.5, self.training.step / STEPS) * int(mask.sum()) + 1e-9)
             masks[name] = grown(dropped(mask, weight[mask].abs(), count), gradients[name].abs(), count)
         return masks
 

@@ -115,7 +115,6 @@ def test_signals_keep_their_size_where_first_weights_suit_their_inputs():
         ("magnitude", {}, [0.5, -0.1, -3.0, 0.0], [0.5, 0.1, 3.0, 0.0]),
         ("set", {}, [0.5, -0.1, -3.0, 0.2], [1.0, 0.5, 1.0, 0.5]),  # the half of each side that is nearest to zero
         ("set", {}, [0.0, -1.0], [0.5, 1.0]),
-        ("threshold", {"below": 0.3}, [0.5, -0.1, 0.2], [torch.inf, 0.1, 0.2]),
     ],
 )
 def test_what_drop_rules_score(name, options, weights, expected):
@@ -132,7 +131,7 @@ def test_what_growth_rules_score(name, expected):
     assert torch.equal(scores, torch.tensor(expected))
 
 
-@pytest.mark.parametrize(("name", "expected"), [("magnitude", 2.0), ("nonzeros", 2.0), ("momentum", 0.75)])
+@pytest.mark.parametrize(("name", "expected"), [("momentum", 0.75)])
 def test_what_redistributions_share_by(name, expected):
     assert redistribution[name](torch.tensor([1.0, -3.0]), momentum=torch.tensor([-0.5, 1.0])) == expected
 
@@ -141,7 +140,6 @@ def test_the_lowest_are_dropped_and_the_highest_grown():
     mask = torch.tensor([[True, False, True], [True, True, False]])
     scores = torch.tensor([3.0, 1.0, 2.0, 0.5])  # of the four active ones
     assert dropped(mask, scores, 2).tolist() == [[True, False, False], [True, False, False]]
-    assert dropped(mask, torch.full((4,), torch.inf), 2).equal(mask)
     more = grown(mask, torch.tensor([[9.0, 1.0, 9.0], [9.0, 9.0, 2.0]]), 1)
     assert more.tolist() == [[True, False, True], [True, True, True]]
 
@@ -160,11 +158,6 @@ def test_counts_are_exact_in_any_case():
         assert again.flatten().equal(expected)
 
 
-@pytest.mark.parametrize("decay", ["cosine", "linear"])
-def test_fractions_fall_to_zero(decay):
-    assert [drop_fraction(0.5, p, decay) for p in (0, 1)] == [0.5, 0.0]
-
-
 class Rigl(Hook):
     """Computes the change of step 4 in that step, from the state before, by sorting all weights."""
 
@@ -176,7 +169,7 @@ class Rigl(Hook):
         if run.step == 4:
             for name, mask in self.topology.masks.items():
                 weight = run.model.get_parameter(name)
-                count = int(drop_fraction(0.5, run.progress, "cosine") * int(mask.sum()))
+                count = int(drop_fraction(0.5, run.progress) * int(mask.sum()))
                 after = mask.clone()
                 smallest = sorted(mask.nonzero().tolist(), key=lambda at: abs(weight[tuple(at)].item()))
                 for at in smallest[:count]:

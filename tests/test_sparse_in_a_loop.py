@@ -57,7 +57,7 @@ def same_masks(first, second):
     ("settings", "options"),
     [
         ({"growth": "gradient"}, {}),
-        ({"growth": "random", "drop": "set", "decay": "linear"}, {}),
+        ({"growth": "random", "drop": "set"}, {}),
         ({"growth": "momentum", "redistribution": "momentum"}, {}),
         ({"growth": None, "sparse_init": "uniform", "fan_in": "sparse"}, {}),
         ({"growth": None, "sparse_init": "dense", "update_every_steps": 1}, {}),

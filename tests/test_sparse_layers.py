@@ -94,7 +94,6 @@ def test_active_layers_have_the_gradients_of_masked_ones(only, whole, shape):
         ("sgd", {"growth": "gradient", "update_every_steps": 1}),
         ("adamw", {"growth": "gradient"}),
         ("sgd", {"growth": "random", "update_every_steps": 6}),  # the steps of an epoch
-        ("adamw", {"growth": "random", "redistribution": "magnitude"}),
         ("sgd", {"growth": None, "sparse_init": "dense"}),
         ("adamw", {"growth": None, "sparse_init": "dense"}),
     ],

@@ -55,7 +55,7 @@ def test_dense_training_with_a_correction_has_no_masks_to_export(effray, refusal
 
 
 REFUSED = {
-    "--density 0.1 --drop threshold --set drop.options.below=-1": r"threshold option below = -1",
+    "--density 0.1 --drop threshold": r"unknown drop rule 'threshold'",
     "--density 0.1 --death-rate 1": r"death_rate = '1'",
     "--density 0.1 --train.epochs 1 --train.batch_size 4000": r"update_every_steps = 1 is not below the 1 steps",
     # without effect
@@ -64,7 +64,6 @@ REFUSED = {
     "--density 0.1 --growth false --set growth.options.foo=3": r"growth = false: growth.options.foo would do nothing",
     "--agent false --agent.gamma 0.5": r"agent = false: agent.gamma would do nothing",
     # gradual pruning
-    "--density 0.1 --growth false --sparse-init dense --drop threshold": r"drop = threshold lets weights stay",
     "--density 0.1 --growth false --sparse-init dense --fan-in sparse": r"sparse_init = dense begins with all inputs",
     "--density 0.1 --growth false --sparse-init dense --train.epochs 5 --update-every-steps 32": (
         r"update_every_steps = 32: no change falls into the last quarter of the 55 steps"

@@ -28,7 +28,7 @@ LIPT = {  # PMLR 202:29130: abstract and released defaults
 }  # fmt: skip
 SPARSE = {  # RigL, ITOP, and AGENT's comparison with them
     **SGD, "density": 0.05, "growth.name": "gradient", "drop.name": "magnitude", "sparse_init.name": "erk",
-    "death_rate": 0.5, "decay": "cosine", "train.nesterov": True, "train.schedule": "multistep",
+    "death_rate": 0.5, "train.nesterov": True, "train.schedule": "multistep",
     "train.milestones": [0.5, 0.75], "train.lr_drop": 0.1,
 }  # fmt: skip
 AGENT = {"agent.form": "published", "agent.alpha": 0.3}

@@ -174,8 +174,6 @@ def test_in_training_counts_stay_and_what_is_new_begins_at_zero(kind, name, opti
     chosen = {SETTINGS.get(kind, kind): name}
     if (kind, name) == ("initial", "dense"):
         chosen["growth"] = None  # weights only go
-    if name == "threshold":
-        chosen[kind] = {"name": name, "options": {"below": 0.2}}  # few weights are below the default so early
     hooks = sparse(**chosen)
     topology = hooks[0]
     watch = Watch(topology)

@@ -1,7 +1,7 @@
 """Rules of sparse training: the first masks, which weights go, which come, and in which layers.
 
     @initial(name)         masks(model, density, *, rng, batch) → Masks
-    @drop(name)            score(weight) → scores of a layer's active weights [k]; the lowest go, ∞ stays
+    @drop(name)            score(weight) → scores of a layer's active weights [k]; the lowest go
     @growth(name)          score(weight, *, gradient, momentum, rng) → scores of a layer; the highest inactive ones come
     @redistribution(name)  share(weight, *, momentum) → share of a layer in the growth, from its active weights [k]
 
@@ -9,11 +9,8 @@ A rule omits the keywords that it does not need, and they are not computed. ``gr
 if the layer were dense, ``momentum`` its running sum, m ← βm + g.
 """
 
-from typing import Annotated
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -86,13 +83,6 @@ def nearest_to_zero(weight: Tensor) -> Tensor:
     return ranks
 
 
-@drop("threshold")
-def below_threshold(weight: Tensor, *, below: Annotated[float, Field(gt=0)] = 1e-3) -> Tensor:
-    """Drop |w| < ``below``, the smallest first, and no more than the schedule allows."""
-    magnitude = weight.abs()
-    return magnitude.where(magnitude < below, torch.inf)
-
-
 # Weights that come
 
 
@@ -115,18 +105,6 @@ def steepest_on_average(weight: Tensor, *, momentum: Tensor) -> Tensor:
 
 
 # Layers that grow
-
-
-@redistribution("magnitude")
-def mean_magnitude(weight: Tensor) -> float:
-    """Grow in proportion to a layer's mean |w|."""
-    return weight.abs().mean().item()
-
-
-@redistribution("nonzeros")
-def active_weights(weight: Tensor) -> float:
-    """Grow in proportion to the number of a layer's active weights."""
-    return float(len(weight))
 
 
 @redistribution("momentum", source="arXiv:1907.04840")

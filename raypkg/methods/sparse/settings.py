@@ -42,21 +42,20 @@ class Growth(Named):
 class Drop(Named):
     """Rule of the weights to drop."""
 
-    name: Annotated[str, Field(description="magnitude, set (closest to zero on both sides), threshold")] = "magnitude"
+    name: Annotated[str, Field(description="magnitude, set (closest to zero on both sides)")] = "magnitude"
 
 
 class Redistribution(Named):
     """Rule of the layers that grow."""
 
-    name: Annotated[
-        str, Field(description="which layers grow: magnitude, nonzeros, momentum (default: those that dropped)")
-    ]
+    name: Annotated[str, Field(description="which layers grow: momentum (default: those that dropped)")]
 
 
 class Sparsity(Settings):
     """Dynamic sparse training (SET, RigL, ITOP)."""
 
     former: ClassVar[Mapping[str, Any]] = {"density": False, "growth": "random"}
+    removed: ClassVar[Mapping[str, Any]] = {"decay": "cosine"}
 
     density: Annotated[
         Share | None, Field(description="share of the weights that exist; false = all: a dense model")
@@ -76,7 +75,6 @@ class Sparsity(Settings):
     death_rate: Annotated[
         float, Field(gt=0, lt=1, description="f0: share of a layer's active weights to drop at the first change")
     ] = 0.5
-    decay: Annotated[Literal["cosine", "linear"], Field(description="how that share falls to 0")] = "cosine"
     compute: Annotated[
         Literal["masked", "sparse"],
         Field(description="sparse = linear layers multiply only the weights that exist; masked = all of them"),
@@ -183,15 +181,13 @@ class SparseSettings(Sparsity, Experiment):
         if self.density is None:
             self._refuse("density = false", *(name for name in Sparsity.model_fields if name != "density"))
         if not grows:
-            self._refuse("growth = false", "death_rate", "decay", "redistribution")
+            self._refuse("growth = false", "death_rate", "redistribution")
         if not grows and not from_dense:
             self._refuse("growth = false keeps the masks", "update_every_steps", "drop")
         if from_dense:
             self._refuse("sparse_init = dense begins with all inputs", "fan_in")
         if grows and self.density == 1:
             raise UserError("density = 1 leaves no room to grow: leave --density out, or give less")
-        if self.is_gradual and self.drop.name == "threshold":
-            raise UserError("drop = threshold lets weights stay, so gradual pruning would not reach its density")
         if self.is_gradual and self.train.keep == "best":
             reason = "may be an epoch before gradual pruning reached its density"
             raise UserError(f"train.keep = best {reason}: give --train.keep last")

@@ -89,12 +89,11 @@ class SparseTraining:
         density: share of the weights that exist, 0 < density ≤ 1.
         distribution: first masks: erk, uniform, snip, grasp, dense.
         growth: gradient (RigL), random (SET), momentum; None = the masks stay.
-        drop: magnitude, set, threshold. Rules are names, ``package.module:function``, or mappings with "options", too.
-        redistribution: which layers grow: magnitude, nonzeros, momentum; None = those that dropped.
+        drop: magnitude, set. Rules are names, ``package.module:function``, or mappings with "options", too.
+        redistribution: which layers grow: momentum; None = those that dropped.
         total_steps: steps of the optimiser in the whole training.
         update_every: ΔT in steps; default: the same share of training as published, at most 4000 (random: 1500).
         death_rate: f0, share of a layer's active weights to drop at the first change.
-        decay: of that share: cosine, linear.
         fan_in: sparse = first weights suit the inputs that exist, for networks without batch norm.
         batch: x, y int64 [b] for the first masks, if snip or grasp chooses them.
         seed: of masks and random growth; the same on all ranks.
@@ -137,7 +136,6 @@ class SparseTraining:
         redistribution: Rule = None,
         update_every: int | None = None,
         death_rate: float = 0.5,
-        decay: str = "cosine",
         fan_in: str = "dense",
         batch: Batch | None = None,
         seed: int = 0,
@@ -145,7 +143,7 @@ class SparseTraining:
     ):
         chosen = {"density": density, "growth": growth, "drop": drop, "redistribution": redistribution}
         chosen |= {"distribution": distribution, "update_every": update_every, "total_steps": total_steps}
-        chosen |= {"death_rate": death_rate, "decay": decay, "fan_in": fan_in}
+        chosen |= {"death_rate": death_rate, "fan_in": fan_in}
         self.settings = settings = validate(Arguments, chosen)
         for lookup in settings.lookups():
             lookup.registry[lookup.name].options(lookup.options)
@@ -378,7 +376,7 @@ class SparseTraining:
             pruning_done = min(1.0, progress / PRUNED_BY)
             leaving = surplus(before, gradual_density(self.settings.density, pruning_done))
         else:
-            fraction = drop_fraction(self.settings.death_rate, progress, self.settings.decay)
+            fraction = drop_fraction(self.settings.death_rate, progress)
             # Rounding of the progress must not turn 8 weights into 7.999….
             leaving = {name: int(fraction * count + 1e-9) for name, count in old_counts.items()}
         chosen = self.settings.drop
