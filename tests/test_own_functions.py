@@ -1,7 +1,6 @@
 """Functions of the user's in training: a loss, a metric, an augmentation; and training that stops early."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +18,11 @@ from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.experiments import experiment, settings_of
-from raypkg.experiments.trained import check_cross_entropy
+from raypkg.experiments.trained import settings_of_trained
 from raypkg.experiments.training import Job, train_model
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import load_tensors
+from raypkg.runs.folder import create
 from raypkg.runs.storage import Storage
 
 HERE = "test_own_functions"
@@ -145,11 +145,14 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path):
         ({"train.loss": f"{HERE}:mean"}, r"train.loss must return a loss .* of 118 samples, not torch.float64 \[\]"),
         ({"train.loss": f"{HERE}:detached"}, r"not torch.float64 \[118\] without a gradient"),
         ({"train.loss": f"{HERE}:no"}, f"train.loss '{HERE}:no': module '{HERE}' has no 'no'"),
-        ({"train.metric": f"{HERE}:nothing"}, "train.metric must return a number, not NoneType"),
-        ({"train.metric": f"{HERE}:infinite"}, "train.metric returned inf, which is not finite"),
+        ({"train.metric": f"{HERE}:nothing"}, "train.metric must return a finite number, not None"),
+        ({"train.metric": f"{HERE}:infinite"}, r"train.metric must return a finite number, not tensor\(inf\)"),
         ({"dataset.augment": f"{HERE}:as_float"}, r"return torch.uint8 \[1, 8, 8\], not torch.float32 \[1, 8, 8\]"),
-        ({"train.loss": f"{HERE}:smooth", "select.rule": "craig"}, "train.loss = .*: select.rule = craig goes by"),
-        ({"train.loss": f"{HERE}:smooth", "hooks": [{"name": "agent"}]}, "train.loss = .*: the hook agent goes by"),
+        ({"train.loss": f"{HERE}:smooth", "select.rule": "craig"}, "train.loss = .*: craig goes by the cross-entropy"),
+        (
+            {"train.loss": f"{HERE}:smooth", "hooks": [{"name": "agent"}]},
+            "train.loss = .*: agent goes by the cross-entropy",
+        ),
         ({"train.loss": f"{HERE}:smooth", "train.label_smoothing": 0.1}, "label_smoothing = 0.1 does nothing"),
         ({"train.patience": 3}, "train.patience = 3 does nothing without train.keep = best"),
         ({"train.best_by": "metric", "train.keep": "best"}, "train.best_by = metric: there is no train.metric"),
@@ -162,14 +165,19 @@ def test_one_line_says_what_is_wrong(tmp_path, settings, message):
 
 @pytest.mark.parametrize("kind", ["crest", "sparse", "lipt", "deltagrad"])
 def test_a_loss_is_refused_by_methods(kind):
-    with pytest.raises(UserError, match=f"train.loss = {HERE}:smooth: it is for effray train"):
+    with pytest.raises(UserError, match=f"train.loss = {HERE}:smooth: .* goes by the cross-entropy"):
         load_settings(settings_of(experiment[kind]), {}, {"train.loss": f"{HERE}:smooth"})
 
 
-def test_readers_of_gradients_refuse_a_run_with_another_loss():
-    run = SimpleNamespace(name="one", config={"train": {"loss": "mine:focal"}})
-    with pytest.raises(UserError, match=r"run one has train\.loss = mine:focal, an audit goes by the cross-entropy"):
-        check_cross_entropy(run, "an audit")
+def test_readers_of_gradients_refuse_a_run_with_another_loss(tmp_path):
+    folder = create(str(tmp_path), "train", "one", job_of(tmp_path, **{"train.loss": f"{HERE}:smooth"}).experiment)
+    folder.storage.write("model.safetensors", b"")
+    costs = dict.fromkeys(["seconds", "elapsed", "full_training_backward"], 0)
+    folder.finish({"phases": [], "samples": 1, "coreset": None, **costs})
+    with pytest.raises(
+        UserError, match=rf"run one has train\.loss = {HERE}:smooth, an audit goes by the cross-entropy"
+    ):
+        settings_of_trained(folder, "an audit")
 
 
 def test_crest_refuses_an_augmentation_that_draws(tmp_path):

@@ -9,12 +9,11 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from raypkg.cli import main
-from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.experiments.train import TrainSettings
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
-from raypkg.runs.tracking import check_tracker, tracker
+from raypkg.runs.tracking import TRACKERS, package
 
 RUN = ["train", "--model", "linear", "--train.epochs", "2", "--train.evaluate_every_epochs", "1", "--name", "one"]
 
@@ -68,10 +67,10 @@ def test_what_is_not_installed_is_refused(monkeypatch):
     with pytest.raises(
         UserError, match=r"track.name = mlflow needs the package 'mlflow': pip install 'effray\[mlflow\]'"
     ):
-        check_tracker(load_settings(TrainSettings, {"track": {"name": "mlflow"}}).track)
+        package("mlflow")
 
 
 def test_event_files_are_local():
     folder = SimpleNamespace(storage=SimpleNamespace(local=None, root="s3://bucket/runs/train/one"))
     with pytest.raises(UserError, match=r"track.name = tensorboard: s3://.* is remote, event files are local"):
-        tracker(load_settings(TrainSettings, {"track": {"name": "tensorboard"}}), folder, "train")
+        TRACKERS["tensorboard"](TrainSettings(), folder, "train")

@@ -380,15 +380,10 @@ class Experiment(RunSettings):
     def _check_loss(self) -> Self:
         """Refuse a loss of the user's where a method goes by gradients or records of the cross-entropy."""
         loss, select = getattr(getattr(self, "train", None), "loss", None), getattr(self, "select", None)
-        problem = ""
-        if not self.plain:
-            problem = "it is for effray train, methods go by the cross-entropy"
-        elif own := next((named.name for named in self.hooks if ":" not in named.name), None):
-            problem = f"the hook {own} goes by the cross-entropy"
-        elif select and select.rule != "random":
-            problem = f"select.rule = {select.rule} goes by the cross-entropy, only random does not"
-        if loss is not None and problem:
-            raise UserError(f"train.loss = {loss}: {problem}")
+        readers = [named.name for named in self.hooks if ":" not in named.name]
+        readers += [select.rule] if select and select.rule != "random" else []
+        if loss is not None and (readers or not self.plain):
+            raise UserError(f"train.loss = {loss}: {readers[0] if readers else 'the method'} goes by the cross-entropy")
         return self
 
     def adaptations(self, n: int) -> dict[str, tuple[Any, str]]:

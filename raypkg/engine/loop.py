@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from raypkg.core.errors import UserError, described
+from raypkg.core.errors import UserError, described, shown
 from raypkg.core.seeds import seeded
 from raypkg.core.settings import whole_steps
 from raypkg.data.kinds import IMAGES
@@ -223,13 +223,10 @@ def own_losses(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: 
 def figure_of(metric: Callable[[Tensor, Tensor], Any], logits: Tensor, y: Tensor) -> float:
     """Return a user's figure of logits [n, C] and labels [n]."""
     value = metric(logits, y)
-    try:
-        figure = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"train.metric must return a number, not {described(value)}") from None
-    if not math.isfinite(figure):
-        raise UserError(f"train.metric returned {figure}, which is not finite")
-    return figure
+    with suppress(TypeError, ValueError, RuntimeError):
+        if math.isfinite(figure := float(value)):
+            return figure
+    raise UserError(f"train.metric must return a finite number, not {shown(value)}")
 
 
 def output_of(model: nn.Module, x: Tensor, views: str) -> Any:

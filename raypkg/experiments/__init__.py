@@ -83,9 +83,9 @@ def carry_out(
         take_over(folder, stages_of(entry.name, settings), donors)
     following = None
     if settings.track.name:
-        from raypkg.runs.tracking import tracker
+        from raypkg.runs.tracking import TRACKERS
 
-        following = tracker(settings, folder, group or entry.name)
+        following = TRACKERS[settings.track.name](settings, folder, group or entry.name)
     ray_files = (folder.storage / "ray").uri
     with (
         Report(folder, following, console, listen) as report,

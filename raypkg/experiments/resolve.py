@@ -118,10 +118,10 @@ def check_names(settings: RunSettings) -> None:
     for kind in ("loss", "metric"):
         if name := getattr(getattr(settings, "train", None), kind, None):
             imported(f"train.{kind}", name)
-    if settings.track.name:
-        from raypkg.runs.tracking import check_tracker
+    if name := settings.track.name:
+        from raypkg.runs.tracking import package, wandb_settings
 
-        check_tracker(settings.track)
+        _ = wandb_settings(settings.track) if name == "wandb" else package(name)  # which refuse what is wrong
 
 
 def with_tokenizer(settings: R) -> R:

@@ -22,7 +22,7 @@ from raypkg.runs.storage import Storage
 from .coreset_files import FILE, load_coreset, origin, save_coreset
 from .samples import Samples, samples_on
 from .train import SelectSettings
-from .trained import check_cross_entropy, check_same_tokens, settings_of_trained
+from .trained import check_same_tokens, settings_of_trained
 from .training import load_record, record_of
 
 
@@ -51,9 +51,7 @@ def trained_models(settings: SelectSettings, samples: Samples, folder: RunFolder
     models = []
     for run in runs:
         other = locate(folder.storage.parent.parent.root, run, having=MODEL)
-        stored = settings_of_trained(other)
-        if settings.rule != "random":
-            check_cross_entropy(other, f"rule {settings.rule}")
+        stored = settings_of_trained(other, "" if settings.rule == "random" else f"rule {settings.rule}")
         other.check(record_of(MODEL))
         theirs = origin(stored) | {"scale": stored.dataset.scale}
         for name, here in ours.items():

@@ -161,17 +161,17 @@ def check_has_model(folder: RunFolder) -> None:
         raise UserError(f"run {folder.name!r} has no {MODEL}: it trained no model")
 
 
-def settings_of_trained(folder: RunFolder) -> Experiment:
-    """Return the settings that all runs with a model have in common; refuse a run without a usable model."""
+def settings_of_trained(folder: RunFolder, reader: str = "") -> Experiment:
+    """Return the settings that all runs with a model have in common; refuse a run without a usable model.
+
+    A ``reader`` of the gradients of the cross-entropy is refused where another loss was trained.
+    """
     check_has_model(folder)
-    common = {name: part for name, part in stored_settings(folder).items() if name in Experiment.model_fields}
-    return load_settings(Experiment, common)
-
-
-def check_cross_entropy(folder: RunFolder, reader: str) -> None:
-    """Refuse a run whose training had another loss, for a reader of the gradients of its cross-entropy."""
-    if loss := folder.config.get("train", {}).get("loss"):
+    stored = stored_settings(folder)
+    if reader and (loss := stored.get("train", {}).get("loss")):
         raise UserError(f"run {folder.name} has train.loss = {loss}, {reader} goes by the cross-entropy")
+    common = {name: part for name, part in stored.items() if name in Experiment.model_fields}
+    return load_settings(Experiment, common)
 
 
 def restored_model(folder: RunFolder, settings: Experiment, data: Data) -> Classifier | LanguageModel:

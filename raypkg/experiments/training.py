@@ -348,8 +348,7 @@ class BestEpoch(Hook):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
-        earlier = state.get("accuracy", -math.inf)  # of an earlier version's checkpoint
-        vars(self).update({"score": earlier, "figure": f"accuracy {earlier:.2%}", **state})
+        vars(self).update(state)
 
 
 def synchronised(model: nn.Module, settings: Training, worker: Worker) -> nn.Module:

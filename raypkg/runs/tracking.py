@@ -3,11 +3,11 @@
 import logging
 import netrc
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -22,39 +22,6 @@ if TYPE_CHECKING:
     import wandb
 
 PATIENCE = 10  # seconds for the first answer of the W&B server, unless WANDB_INIT_TIMEOUT is set
-
-
-class Tracker(Protocol):
-    """A run in a tracker, opened with its settings, its folder and the name of its group."""
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Log the numbers of a row of metrics."""
-
-    def finish(self, summary: Mapping[str, Any]) -> str:
-        """Log the manifest and close; return a line for the user, or an empty string."""
-
-    def abandon(self) -> None:
-        """Close as failed; nothing more is written."""
-
-
-def tracker(settings: RunSettings, folder: RunFolder, group: str) -> Tracker:
-    """Open a run's tracker."""
-    kinds: dict[str, type[Any]] = {"wandb": Wandb, "tensorboard": TensorBoard, "mlflow": MLflow}
-    opened: Tracker = kinds[settings.track.name or ""](settings, folder, group)
-    return opened
-
-
-def check_tracker(track: Track) -> None:
-    """Refuse what W&B refuses, and a tracker that is not installed."""
-    if track.name == "wandb":
-        wandb_settings(track)
-    elif track.name:
-        _package(track.name)
-
-
-def _package(name: str) -> Any:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves the machine unasked
-    return extra({"tensorboard": "tensorboardX"}.get(name, name), name, f"track.name = {name}")
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
@@ -148,7 +115,7 @@ class TensorBoard:
         if not folder.storage.local:
             raise UserError(f"track.name = tensorboard: {folder.storage.root} is remote, event files are local")
         self._files = folder.storage.local / "tensorboard"
-        self._writer = _package("tensorboard").SummaryWriter(str(self._files))
+        self._writer = package("tensorboard").SummaryWriter(str(self._files))
         self._writer.add_text("config", f"    {to_toml(settings)}".replace("\n", "\n    "))
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -171,41 +138,44 @@ class MLflow:
     """One MLflow run per run folder, where MLFLOW_TRACKING_URI says: by default a database in the working folder."""
 
     def __init__(self, settings: RunSettings, folder: RunFolder, group: str):
-        self._mlflow = _package("mlflow")
+        self._mlflow = package("mlflow")
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._client = self._mlflow.MlflowClient()
+        tags = {"group": group, "folder": folder.storage.uri}
         with self._one_line():
             experiment = self._mlflow.set_experiment(settings.track.project).experiment_id
-            tags = {"group": group, "folder": folder.storage.uri}
             self._id = self._client.create_run(experiment, tags=tags, run_name=folder.name).info.run_id
-            for name, value in dotted(settings.model_dump(mode="json")).items():
-                self._client.log_param(self._id, name, value)
+            self._mlflow.log_params(dotted(settings.model_dump(mode="json")), run_id=self._id)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Log the numbers of a row of metrics."""
-        now = int(1000 * time.time())
-        metric, epoch = self._mlflow.entities.Metric, row.get("epoch", 0)
         with self._one_line():
-            metrics = [metric(name, value, now, epoch) for name, value in _numbers(row).items()]
-            self._client.log_batch(self._id, metrics=metrics)
+            self._mlflow.log_metrics(_numbers(row), step=row.get("epoch", 0), run_id=self._id)
 
     def finish(self, summary: Mapping[str, Any]) -> str:
-        """Log the numbers of the manifest and close; return the command that shows them, unless a server does."""
+        """Log the numbers of the manifest and close; return the command that shows them."""
         self.log({**summary, "phase": "summary"})
-        with self._one_line():
-            self._client.set_terminated(self._id)
-        uri = self._mlflow.get_tracking_uri()
-        return "" if uri.startswith("http") else f"MLflow: mlflow ui --backend-store-uri {uri}"
+        self.abandon("FINISHED")
+        return f"MLflow: mlflow ui --backend-store-uri {self._mlflow.get_tracking_uri()}"
 
-    def abandon(self) -> None:
-        """Close as failed; nothing more is written."""
-        with suppress(self._mlflow.exceptions.MlflowException):  # the run's own error is shown
-            self._client.set_terminated(self._id, "FAILED")
+    def abandon(self, status: str = "FAILED") -> None:
+        """Close; nothing more is written."""
+        with self._one_line():
+            self._client.set_terminated(self._id, status)
 
     @contextmanager
     def _one_line(self) -> Iterator[None]:
         try:
             yield
         except self._mlflow.exceptions.MlflowException as error:
-            first = str(error).partition("\n")[0]
-            raise UserError(f"MLflow: {first}") from None
+            raise UserError(f"MLflow: {str(error).splitlines()[0]}") from None
+
+
+def package(name: str) -> ModuleType:
+    """Import the package of TensorBoard or MLflow, without its telemetry, or say how to install it."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    return extra({"tensorboard": "tensorboardX"}.get(name, name), name, f"track.name = {name}")
+
+
+Tracker = Wandb | TensorBoard | MLflow
+TRACKERS: dict[str, type[Tracker]] = {"wandb": Wandb, "tensorboard": TensorBoard, "mlflow": MLflow}

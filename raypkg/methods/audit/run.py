@@ -25,7 +25,7 @@ from raypkg.engine.costs import Cost
 from raypkg.engine.shards import Shard, class_shards
 from raypkg.experiments.resolve import stored_settings
 from raypkg.experiments.samples import Samples, new_model, open_samples
-from raypkg.experiments.trained import check_cross_entropy, settings_of_trained
+from raypkg.experiments.trained import settings_of_trained
 from raypkg.methods.deltagrad.run import open_recorded
 from raypkg.models.classifier import classifier
 from raypkg.runs import plots
@@ -58,8 +58,7 @@ class Audited(NamedTuple):
 def open_audited(settings: AuditSettings, samples: Samples, folder: RunFolder) -> Audited:
     """Open the run to audit; refuse one without a usable model, held-out samples or weight decay, or of other data."""
     run = locate(folder.storage.parent.parent.root, settings.model_from, having=MODEL)
-    stored = settings_of_trained(run)
-    check_cross_entropy(run, "an audit")
+    stored = settings_of_trained(run, "an audit")
     ours, theirs = (dict(each.dataset) | {"seed of the run": each.seed} for each in (settings, stored))
     for name, value in theirs.items():
         if ours[name] != value and name != "digest":
