@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from raypkg.methods.crest import plots as crest_plots
 from raypkg.runs import plots
@@ -13,10 +14,6 @@ NAN = float("nan")
 
 def row(phase="train", model=None, epoch=1, **values):
     return {"phase": phase, "model": model, "epoch": epoch, **values}
-
-
-def cost(phase, seconds=1.0, forward=10, backward=10):
-    return {"phase": phase, "seconds": seconds, "forward": forward, "backward": backward}
 
 
 def two_phases():
@@ -42,6 +39,17 @@ def counts(classes):
     return picked, np.full(classes, 100), [f"class {c}" for c in range(classes)]
 
 
+def check_texts(canvas):
+    """Refuse labels in TeX, and titles that end beyond the picture."""
+    from matplotlib.text import Text
+
+    figure = canvas.figure
+    titles = {axes.get_title("left") for axes in figure.axes} - {""}
+    for text in figure.findobj(Text):
+        assert "mathdefault" not in text.get_text()
+        assert text.get_text() not in titles or text.get_window_extent().x1 <= figure.bbox.x1, text.get_text()
+
+
 @pytest.mark.parametrize(
     ("plot", "data"),
     [
@@ -49,9 +57,6 @@ def counts(classes):
         (plots.curves, [[]]),
         (plots.curves, [[row(loss=2.3)]]),
         (plots.curves, [[row(loss=NAN, accuracy=None), row(epoch=2, loss=math.inf, accuracy=NAN)]]),
-        (plots.costs, [[cost("pretrain"), cost("train", 5_000, 10**6, 10**6)]]),
-        (plots.costs, [[]]),
-        (plots.costs, [[cost("select", NAN, None, 0)]]),
         (plots.composition, counts(200)),
         (plots.composition, counts(201)),
         (plots.composition, ([], [], [])),
@@ -67,8 +72,10 @@ def counts(classes):
         (plots.images, [pixels(0, 3), pixels(0, 3), [], []]),
     ],
 )
-def test_writes_one_png(plot, data, tmp_path):
+def test_writes_one_png(plot, data, tmp_path, monkeypatch):
     path = tmp_path / "plot.png"
+    save = FigureCanvasAgg.print_png
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, path: (save(canvas, path), check_texts(canvas)))
     plot(*data, path)
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
@@ -81,5 +88,5 @@ def test_a_failed_plot_leaves_the_old_one(tmp_path):
     path = tmp_path / "plot.png"
     path.write_bytes(b"old")
     with pytest.raises(ValueError):
-        plots.costs([cost("train", seconds="long")], path)
+        plots.curves([row(loss="high")], path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -18,12 +18,13 @@ from raypkg.experiments import experiment
 from raypkg.experiments.train import TrainSettings
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.runs.catalog import remove, runs_of
+from raypkg.runs.folder import RunFolder
 from raypkg.runs.folder import create as create_run
 from raypkg.runs.show import terminal
 from raypkg.runs.storage import Storage
 from raypkg.studies import plots
 from raypkg.studies.figures import Difference, TrialRun, estimated, front, measured_points, paired_difference, ranked
-from raypkg.studies.show import conclude, show_study
+from raypkg.studies.show import conclude, show_study, write_page
 from raypkg.studies.space import Space, order_of
 from raypkg.studies.study import Order, Record, Study, Trial, create_study, find_study, folded, is_study
 from raypkg.studies.tables import current_function
@@ -270,10 +271,20 @@ def test_results_have_every_trial_once_and_the_best_settings_run_again(sweep):
     assert "cluster" not in best and "track" not in best
     expected = load_settings(CrestSettings, None, {"crest.tau": 0.02, "train.lr": 0.3})
     assert load_settings(CrestSettings, best) == expected
-    assert sorted(sweep.storage.list("plots")) == ["curves.png", "parallel.png", "pareto.png", "settings.png"]
+    assert sorted(sweep.storage.list("plots")) == ["curves.png", "pareto.png", "settings.png"]
     page = sweep.storage.read("report.html").decode()
-    assert page.count("data:image/png;base64,") == 4 and "tune/s/best.toml" in page
+    assert page.count("data:image/png;base64,") == 3 and "tune/s/best.toml" in page
     assert "| *1 | done |" in sweep.storage.read("table.md").decode()
+
+
+def test_pages_open_with_the_finding_and_the_picture_link_each_other_and_stay_small(sweep, monkeypatch):
+    monkeypatch.setattr("raypkg.studies.show.MOST", 1)
+    write_page(RunFolder(sweep.storage))
+    page, trial = sweep.storage.read("report.html").decode(), sweep.run_storage(1).read("report.html").decode()
+    order = ['class="finding">best: s-001, accuracy 0.9', 'href="plots/settings.png"', 'href="../../crest/s-001/']
+    assert [*map(page.index, order)] == sorted(map(page.index, order)) and "data:" not in page
+    assert 'href="../../tune/s/report.html">trial of s<' in trial
+    assert trial.index('"finding">test accuracy') < trial.index("<table>")
 
 
 def test_the_list_counts_stopped_trials_and_names_no_deleted_one(sweep, tmp_path):
@@ -318,11 +329,10 @@ def test_plots_take_few_trials_choices_ranges_and_failures(tmp_path, count):
     failed = [trial(9, None, None, "failed") | {"train.lr": 0.1, "train.optimizer": "sgd"}] if rows else []
     for more in ([], failed):
         plots.against_settings(rows + more, names, "accuracy", tmp_path / "settings.png")
-        plots.parallel(rows + more, names, "accuracy", "min", tmp_path / "parallel.png")
         points = measured_points(rows + more, "accuracy")
         plots.pareto(points, front(points, "max"), "accuracy", tmp_path / "pareto.png")
         plots.learning_curves({"a": [], "b": [(1, 0.5)]} if rows else {}, "accuracy", None, tmp_path / "curves.png")
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert len(list(tmp_path.glob("*.png"))) == 3
 
 
 # Folders

@@ -68,9 +68,8 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
     }
     folder.flush()
     rows = folder.rows
-    if any("loss" in row for row in rows):
+    if any(plots.has_curve(rows, key) for key in ("loss", "accuracy", "perplexity")):
         save_plot(folder.storage, "curves", lambda path: plots.curves(rows, path))
-    save_plot(folder.storage, "costs", lambda path: plots.costs(costs, path))
     if coreset is not None:
         draw_coreset(folder.storage, samples, coreset)
     folder.finish(summary)

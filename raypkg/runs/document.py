@@ -2,27 +2,45 @@
 
 import csv
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from io import StringIO
+from types import MappingProxyType
 from typing import NamedTuple
+from urllib.parse import quote
+
+LONG = 30  # characters of a cell that is broken into lines
+WIDE = ' class="wide"'
 
 STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #202124; background: #fff; max-width: 72rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
+:root { color-scheme: light dark; --ink: #202124; --soft: #5f6368; --paper: #fff; --rule: #e8eaed; --link: #0b57d0; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8eaed; --soft: #9aa0a6; --paper: #202124; --rule: #3c4043; --link: #8ab4f8; }
+  img { filter: brightness(.88); }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 72rem;
+  margin: 2rem auto; padding: 0 1rem; }
+a { color: var(--link); }
+h1 { font-size: 1.2rem; line-height: 1.25; overflow-wrap: anywhere; font-weight: 600; color: var(--soft); }
 h2 { font-size: 1.2rem; margin-top: 2.5rem; overflow-wrap: anywhere; }
 p { max-width: 46rem; overflow-wrap: anywhere; }
+p.finding { font-size: 1.5rem; line-height: 1.3; margin: .5rem 0 1.5rem; }
+p.finding::first-letter { text-transform: uppercase; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem .3rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid #e8eaed; }
-th { color: #5f6368; font-weight: 600; white-space: pre-line; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+th, td { padding: .3rem .8rem .3rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
+th { color: var(--soft); font-weight: 600; white-space: pre-line; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
+td.wide { white-space: normal; overflow-wrap: anywhere; min-width: 10rem; }
 tr.emphasis td { font-weight: 600; }
-figure { margin: 1.5rem 0; overflow-x: auto; }
-img { max-width: 100%; min-width: min(44rem, 175%); height: auto; }
-.note { color: #5f6368; font-size: .85rem; }
+figure { margin: 1rem 0; }
+img { display: block; max-width: min(100%, 54rem); height: auto; border-radius: 6px; }
+.note { color: var(--soft); font-size: .85rem; }
+@media (max-width: 600px) {
+  body { margin: 1rem auto; }
+  p.finding { font-size: 1.2rem; }
+  td:first-child { max-width: 40vw; overflow: hidden; text-overflow: ellipsis; }
+}
 """.strip()
 
 
@@ -95,19 +113,21 @@ class Grid(NamedTuple):
     def _with_totals(self) -> list[Sequence[str]]:
         return [*self.rows, self.totals] if self.totals else [*self.rows]
 
-    def html(self) -> str:
-        """Return the table as a part of a page."""
+    def html(self, above: str = "", links: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Return the table as a part of a page, below its title and HTML ``above``; ``links`` are of first cells."""
         head = "".join(f"<th>{escape(heading)}</th>" for heading in self.headings)
         body = []
-        for place, row in enumerate(self._with_totals()):
+        for place, (first, *others) in enumerate(self._with_totals()):
             kind = ' class="emphasis"' if place in self.emphasised else ""
-            cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
-            body.append(f"<tr{kind}>{cells}</tr>")
+            name = link(first, links[first]) if first in links else escape(first)
+            cells = "".join(f"<td{WIDE * (len(cell) > LONG)}>{escape(cell)}</td>" for cell in others)
+            body.append(f"<tr{kind}><td>{name}</td>{cells}</tr>")
         rows = "\n".join(body)
         parts = [f"<h2>{escape(self.title)}</h2>"] if self.title else []
+        parts += [above] if above else []
         parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>')
         if self.note:
-            parts.append(f'<p class="note">{escape(self.note)}</p>')
+            parts.append(paragraph(self.note, "note"))
         return "\n".join(parts)
 
 
@@ -123,9 +143,14 @@ def _one_line(text: str) -> str:
     return escape(" ".join(text.split()), quote=False)  # Markdown passes HTML on
 
 
-def paragraph(text: str) -> str:
-    """Return a text as a part of a page."""
-    return f"<p>{escape(text)}</p>"
+def paragraph(text: str, kind: str = "") -> str:
+    """Return a text, a ``finding`` or a ``note`` perhaps, as a part of a page."""
+    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+
+
+def link(text: str, to: str) -> str:
+    """Return a link to a file by its path from the page."""
+    return f'<a href="{escape(quote(to))}">{escape(text)}</a>'
 
 
 def picture(png: bytes, alternative: str) -> str:

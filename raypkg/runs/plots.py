@@ -3,7 +3,7 @@
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ Rows = Sequence[dict[str, Any]]
 Labels = Sequence[tuple[str, float]]  # (class name, score) of each image
 MOST_BARS = 200  # classes; more do not fit on one picture
 COLUMN = 40  # classes in one column of bars
-TILE = 1.5  # height of an image of side 1 with its title
+TILE = 1.6  # height of an image of side 1 with its title
 LETTERED = 12  # classes whose samples are written into a matrix
 WIDE = 3.5  # width of a gallery over its height
 UNITS = {10**9: "G", 10**6: "M", 10**3: "k"}
@@ -67,32 +67,21 @@ def curves(rows: Rows, path: str | Path) -> None:
     Rows have ``phase``, ``main`` (whether it is the run's main training), ``model`` (its number, or None), ``epoch``,
     ``loss`` and, if measured, ``accuracy`` in [0, 1] and ``perplexity``; values may be None or NaN.
     """
+    measured = "perplexity" if any(row.get("perplexity") is not None for row in rows) else "accuracy"
+    unit, scale = (" %", 100) if measured == "accuracy" else ("", 1)
+    panels = [("loss", "Training loss", "", 1), (measured, f"Held-out {measured}", unit, scale)]
+    drawn = [panel for panel in panels if has_curve(rows, panel[0])] or panels
     with page(path) as figure:
-        loss, held_out = figure.subplots(1, 2)
-        _trace(loss, rows, "loss", "Training loss")
-        loss.set_ylim(bottom=0)
-        if any(row.get("perplexity") is not None for row in rows):
-            _trace(held_out, rows, "perplexity", "Held-out perplexity")
-        else:
-            _trace(held_out, rows, "accuracy", "Held-out accuracy", unit=" %", scale=100)
+        for axes, panel in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+            _trace(axes, rows, *panel)
+            if panel[0] == "loss":
+                axes.set_ylim(bottom=0)
 
 
-def costs(phases: Rows, path: str | Path) -> None:
-    """Draw the cost of each phase: ``seconds``, and the samples passed ``forward`` and ``backward``."""
-    names = [phase["phase"] for phase in phases]
-    seconds, forward, backward = (column(phases, key) for key in ("seconds", "forward", "backward"))
-    with page(path) as figure:
-        time, samples = figure.subplots(1, 2, sharey=True)
-
-        _bars(time, names, {"seconds": seconds}, [duration(value) for value in seconds])
-        time.set(title=f"The run took {duration(np.nansum(seconds))}", xlabel="seconds")
-
-        both = [f"{short(f)} + {short(b)}" for f, b in zip(forward, backward, strict=True)]
-        _bars(samples, names, {"forward": forward, "backward": backward}, both)
-        all_forward, all_backward = short(np.nansum(forward)), short(np.nansum(backward))
-        samples.set(title=f"{all_forward} samples forward + {all_backward} backward", xlabel="samples")
-        samples.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
-        count_axis(samples.xaxis)
+def has_curve(rows: Rows, key: str) -> bool:
+    """Return True if a phase has a figure at two epochs: a single point is in the text of the run."""
+    epochs = {(row["phase"], row["epoch"]) for row in rows if row.get(key) is not None}
+    return len(epochs) > len({phase for phase, _ in epochs})
 
 
 def composition(picked: Sequence[int], total: Sequence[int], classes: Sequence[str], path: str | Path) -> None:
@@ -118,7 +107,7 @@ def composition(picked: Sequence[int], total: Sequence[int], classes: Sequence[s
         for axes, members in zip(panels, columns, strict=True):
             names = [cut(classes[c], 60 // len(columns)) for c in members]
             counts = [f"{chosen[c]:,.0f}" for c in members]
-            _bars(axes, names, {"share": share[members]}, counts)
+            _bars(axes, names, share[members], counts)
             axes.locator_params(axis="x", nbins=max(2, 6 // len(columns)))
             axes.axvline(mean, color=VERMILLION, linestyle="--", linewidth=1)
 
@@ -153,7 +142,7 @@ def images(easiest: np.ndarray, hardest: np.ndarray, easy: Labels, hard: Labels,
 
 def gallery(title: str, pixels: np.ndarray, labels: Labels, path: str | Path) -> None:
     """Draw images, uint8 [m, H, W, 3], or 1 channel for grey, with the class name and the score of each."""
-    with page(path) as figure:
+    with page(path, height=2.6) as figure:
         _gallery(figure, title, pixels, labels)
 
 
@@ -190,8 +179,8 @@ def save_plot(storage: Storage, name: str, plot: Callable[[Path], None]) -> None
 
 
 @contextmanager
-def page(path: str | Path) -> "Iterator[Figure]":
-    """Give an empty figure of 9 × 6 inches in the common style, then write it."""
+def page(path: str | Path, height: float = 5) -> "Iterator[Figure]":
+    """Give an empty figure, 7.5 inches wide, in the common style, then write it."""
     # Not pyplot, which chooses a backend and keeps figures open. Imported here, as matplotlib takes a second to load.
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -199,7 +188,7 @@ def page(path: str | Path) -> "Iterator[Figure]":
 
     with style.context(STYLE, after_reset=True), warnings.catch_warnings():  # without the user's matplotlibrc
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # such letters become boxes
-        figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
+        figure = Figure(figsize=(7.5, height), dpi=180, layout="constrained")
         yield figure
         FigureCanvasAgg(figure).print_png(path)  # savefig would draw everything twice
 
@@ -207,6 +196,25 @@ def page(path: str | Path) -> "Iterator[Figure]":
 def note(axes: "Axes", text: str, point: Sequence[float], offset: tuple[float, float], **look: Any) -> None:
     """Write a text at a point; the offset is in points."""
     axes.annotate(text, (point[0], point[1]), offset, **NOTE, **look)
+
+
+def name_points(axes: "Axes", points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write names (x, y, name, colour) beside the axes at the heights of their points, moved apart where they meet."""
+    if not points:
+        return
+    low, high = axes.get_ylim()
+    step = 0.04  # of the height: a line of text
+    spots: list[float] = []
+    ordered = sorted(points, key=lambda point: point[1])
+    for _, y, *_ in ordered:
+        spots.append(max((y - low) / (high - low), spots[-1] + step if spots else 0.0))
+    for place in range(len(spots) - 1, -1, -1):  # down again from the upper edge
+        spots[place] = min(spots[place], 1 - step * (len(spots) - 1 - place))
+    for spot, (x, y, name, colour) in zip(spots, ordered, strict=True):
+        thin = {"arrowstyle": "-", "color": colour, "alpha": 0.35, "linewidth": 0.7}
+        axes.annotate(
+            name, (x, y), (1.02, spot), textcoords="axes fraction", va="center", size=9, color=colour, arrowprops=thin
+        )
 
 
 def line_ends(axes: "Axes", at: float, ends: dict[str, tuple[float, str]]) -> None:
@@ -221,8 +229,9 @@ def headline(figure: "Figure | SubFigure", text: str) -> None:
 
 
 def count_axis(axis: "Axis") -> None:
-    """Label an axis with counts of three digits."""
+    """Label an axis with counts of three digits, a logarithmic one also at 2 and 5."""
     axis.set_major_formatter(lambda value, _: short(value))
+    axis.set_minor_formatter(lambda value, _: short(value) if f"{value:e}"[0] in "25" else "")
 
 
 def column(rows: Rows, key: str) -> np.ndarray:
@@ -284,7 +293,7 @@ def duration(seconds: float) -> str:
 # Parts of plots
 
 
-def _trace(axes: "Axes", rows: Rows, key: str, name: str, unit: str = "", scale: float = 1) -> None:
+def _trace(axes: "Axes", rows: Rows, key: str, name: str, unit: str, scale: float) -> None:
     """Draw one bold line per phase, the mean over its models, with the models as thin lines behind it."""
     ends: list[tuple[float, float, str, str]] = []  # value and epoch of a line's last point, label, colour
     for phase in dict.fromkeys(row["phase"] for row in rows):
@@ -317,23 +326,17 @@ def _trace(axes: "Axes", rows: Rows, key: str, name: str, unit: str = "", scale:
         note(axes, label, (last, height), offset, ha=side, color=colour, weight="bold")
 
 
-def _bars(axes: "Axes", names: Sequence[str], parts: Mapping[str, np.ndarray], labels: Sequence[str]) -> None:
-    """Draw stacked horizontal bars, the first on top, each with its label at the end."""
+def _bars(axes: "Axes", names: Sequence[str], lengths: np.ndarray, labels: Sequence[str]) -> None:
+    """Draw horizontal bars, the first on top, each with its label at the end."""
     rows = np.arange(len(names))
-    end = np.zeros(len(names))  # of the bars so far
-    colours = iter([BLUE, ORANGE])
-    for part, values in parts.items():
-        lengths = np.nan_to_num(values)
-        axes.barh(rows, lengths, left=end, color=next(colours), height=0.6, label=part)
-        end = end + lengths
+    axes.barh(rows, lengths, color=BLUE, height=0.6)
     size = min(10, 300 / max(len(names), 1))  # points, so that 40 rows do not touch
     for row, label in enumerate(labels):
-        note(axes, label, (end[row], row), (4, 0), va="center_baseline", color=GREY, size=size)
+        note(axes, label, (lengths[row], row), (4, 0), va="center_baseline", color=GREY, size=size)
     axes.set_yticks(rows, names, fontsize=size)
     axes.set_ylim(max(len(names), 4) - 0.5, -0.5)  # few bars stay slim
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.3)  # space for the labels
-    axes.locator_params(axis="x", nbins=5)
     axes.axis("on" if len(names) else "off")
 
 
@@ -354,7 +357,7 @@ def _gallery(figure: "Figure | SubFigure", title: str, pixels: np.ndarray, label
         extent = (x - width / 2, x + width / 2, top + height, top)
         axes.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         label = f"{cut(name, 14)}\n{score:.3g}"
-        axes.annotate(label, (x, top), (0, 3), ha="center", size=8, textcoords="offset points", in_layout=False)
+        axes.annotate(label, (x, top), (0, 2), ha="center", size=7, textcoords="offset points", in_layout=False)
     axes.set_axis_off()
     axes.set_xlim(-pitch / 2, (columns - 0.5) * pitch)
     axes.set_ylim((rows - 1) * TILE + 0.5, 0.5 - TILE)  # the first row on top, its titles above

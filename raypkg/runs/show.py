@@ -98,7 +98,7 @@ def print_grid(grid: Grid) -> None:
 
 
 def findings(summary: Mapping[str, Any]) -> list[str]:
-    """Return a finished run's results in plain lines: those of every run, then the findings of its methods."""
+    """Return a finished run's results in plain lines, the main one first: test, findings of its methods, time."""
     phases = summary["phases"]
     samples, coreset = summary["samples"], summary["coreset"]
     chosen = f"all {samples:,} samples"
@@ -120,14 +120,14 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
     elif coreset is not None:
         lines.append(f"selected {chosen}: coreset.parquet; train on it with `effray train --coreset`")
     waited = sum(phase.get("waited", 0) for phase in phases)  # missing in runs of earlier versions
+    lines += summary.get("findings", [])
     compute = f"compute {summary['seconds']:.1f} s ({waited:.1f} s waiting for data)"
     trained = [phase for phase in phases if phase["backward"]]
     if seconds := sum(phase.get("seconds", 0) for phase in trained):
         compute += f", {sum(phase['backward'] for phase in trained) / seconds:,.0f} samples/s in training"
     if share := utilisation(trained):
         compute += f", MFU {share:.1%}"
-    lines.append(f"{compute}; wall time {summary['elapsed']:.1f} s including start-up and I/O")
-    return lines + summary.get("findings", [])
+    return [*lines, f"{compute}; wall time {summary['elapsed']:.1f} s including start-up and I/O"]
 
 
 def tables(summary: Mapping[str, Any]) -> list[Grid]:

@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raypkg.runs.plots import BLUE, GREY, ORANGE, VERMILLION, count_axis, cut, headline, note, page
+from raypkg.runs.plots import BLUE, GREY, ORANGE, VERMILLION, count_axis, cut, headline, name_points, note, page
 
 from .figures import DONE, Row
 from .outcomes import Case, Line
 
 if TYPE_CHECKING:
-    from raypkg.runs.plots import Axes
+    pass
 
 Results = Sequence[Row]
 Curve = Sequence[tuple[float, float]]
 Png = str | Path
 COLUMNS = 3  # panels side by side
 LABEL = 28  # characters of a row's name
+TITLE = 30  # characters of a case's name
 WIDE = 8  # largest over smallest value above which an axis is logarithmic
 
 
@@ -49,33 +50,13 @@ def against_settings(results: Results, names: Sequence[str], metric: str, path: 
                 axes.set_xticks(range(len(ticks)), ticks)
             elif _spans_decades(positions):
                 axes.set_xscale("log")
-                axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                shown = np.geomspace(positions.min(), positions.max(), 3)
+                axes.set_xticks(shown, [f"{value:.2g}" for value in shown])
                 axes.xaxis.set_minor_formatter("")
         for axes in panels[len(names) :]:
             axes.axis("off")
         figure.supylabel(metric, color=GREY)
         headline(figure, f"{metric} of {len(rows)} trials (hollow: not done)")
-
-
-def parallel(results: Results, names: Sequence[str], metric: str, mode: str, path: Png) -> None:
-    """Draw every trial as a line through its settings to its metric; the best quarter stands out."""
-    rows = [row for row in results if row.get(metric) is not None]
-    values = np.array(_column(rows, metric))
-    order = np.argsort(-values if mode == "max" else values)
-    best = set(order[: max(1, len(rows) // 4)].tolist())
-    columns = [*names, metric]
-    with page(path) as figure:
-        axes = figure.subplots()
-        axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
-        axes.set_yticks([])
-        axes.grid(axis="y", visible=False)
-        heights = [_draw_column(axes, place, _column(rows, name)) for place, name in enumerate(columns)]
-        for trial, line in enumerate(np.transpose(heights)):
-            if trial in best:
-                axes.plot(line, color=VERMILLION, linewidth=2.2, alpha=0.9)
-            else:
-                axes.plot(line, color=BLUE, linewidth=1, alpha=0.4)
-        axes.set_title(f"{len(best)} best of {len(rows)} trials by {metric}, and the others")
 
 
 def learning_curves(curves: Mapping[str, Curve], metric: str, best: str | None, path: Png) -> None:
@@ -121,62 +102,43 @@ def pareto(points: Mapping[int, tuple[float, float]], front: Sequence[int], metr
 
 
 def rows_of_case(case: Case, metric: str, path: Png) -> None:
-    """Draw the rows of a case: mean ± standard deviation, and the metric against work with the Pareto front."""
+    """Draw the rows of a case: mean ± standard deviation of the metric against work, and the Pareto front."""
     scale, unit = (100, ", %") if is_share(metric) else (1, "")
-    name = metric.replace("_", " ") + unit
+    name = metric.replace("_", " ")
     with page(path) as figure:
-        left, right = figure.subplots(1, 2, width_ratios=(3, 4))
-        rows: list[str] = []
-        on_front = []
+        axes = figure.subplots()
+        ends, on_front = [], []
         for line in case.lines:
             if line.value is None:
                 continue
-            row, colour = cut(line.row, LABEL), _colour(line)
-            mean = scale * line.value.mean
+            colour = _colour(line)
+            point = (line.costs["work"].mean, scale * line.value.mean)
             deviation = np.nan_to_num(scale * line.value.std)
-            left.errorbar(mean, len(rows), xerr=deviation, fmt="o", color=colour, capsize=3)
-            rows.append(row)
-            point = (line.costs["work"].mean, mean)
-            right.scatter(*point, s=40, color=colour)
-            if line.on_front:
-                on_front.append(point)
-                note(right, row, point, (4, 8), color=GREY, size=8)
-        headline(figure, f"{case.label}: {len(rows)} rows")
-        left.set_yticks(range(len(rows)), rows)
-        left.set_ylim(max(len(rows), 4) - 0.5, -0.5)  # the first row on top
-        left.set(title="mean ± standard deviation", xlabel=name)
-        left.locator_params(axis="x", nbins=5)
-        right.plot(*_transposed(sorted(on_front)), color=ORANGE, linewidth=1)
-        right.set(title="against work (named: the Pareto front)", xlabel="work, samples trained on", ylabel=name)
-        right.margins(x=0.25, y=0.12)
-        count_axis(right.xaxis)
-        right.locator_params(axis="x", nbins=5)
+            axes.errorbar(*point, yerr=deviation, fmt="o", color=colour, capsize=3)
+            ends.append((*point, cut(line.row, LABEL), colour))
+            on_front += [point] if line.on_front else []
+        axes.plot(*_transposed(sorted(on_front)), color=VERMILLION, linewidth=1)
+        axes.set_title(f"{cut(case.label, TITLE)}: {name}, mean ± standard deviation; line: Pareto front")
+        axes.set(xlabel="work, samples trained on", ylabel=name + unit, xscale="log")
+        count_axis(axes.xaxis)
+        name_points(axes, ends)
 
 
-def curves_of_case(case: Case, baseline: str, path: Png) -> None:
-    """Draw the mean held-out accuracy of each row against samples back-propagated.
-
-    The baseline stands out in grey; rows on the Pareto front are named, and rows without a curve omitted.
-    """
+def curves_of_case(case: Case, path: Png) -> None:
+    """Draw the mean held-out accuracy of each row against samples back-propagated; rows without a curve are omitted."""
     with page(path) as figure:
         axes = figure.subplots()
+        ends = []
         for line in case.lines:
             if len(line.curve) <= 1:
                 continue
-            is_baseline = line.row == baseline
-            colour = GREY if is_baseline else _colour(line)
             spent, values = _transposed(line.curve)
-            percent = 100 * values
-            if not (is_baseline or line.on_front):
-                axes.plot(spent, percent, color=colour, linewidth=1, alpha=0.5)
-                continue
-            axes.plot(spent, percent, color=colour, linewidth=2)
-            end = (spent[-1], percent[-1])
-            note(axes, cut(line.row, LABEL), end, (4, 0), color=colour, size=8)
-        axes.set_title(f"{case.label}: held-out accuracy, mean over seeds")
-        axes.set(xlabel="samples back-propagated", ylabel="held-out accuracy, %")
-        axes.margins(x=0.15)
+            axes.plot(spent, 100 * values, color=_colour(line), linewidth=2 if line.on_front else 1)
+            ends.append((spent[-1], 100 * values[-1], cut(line.row, LABEL), _colour(line)))
+        axes.set_title(f"{cut(case.label, TITLE)}: held-out accuracy, mean over seeds; red: Pareto front")
+        axes.set(xlabel="samples back-propagated", ylabel="held-out accuracy, %", xscale="log")
         count_axis(axes.xaxis)
+        name_points(axes, ends)
 
 
 # Parts
@@ -202,22 +164,6 @@ def _positions(values: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
         return np.array(values, dtype=float), []
     names, places = np.unique([str(value) for value in values], return_inverse=True)
     return places.astype(float), names.tolist()
-
-
-def _draw_column(axes: "Axes", place: int, values: Sequence[Any]) -> np.ndarray:
-    """Label one of the parallel axes, and return the height of each value on it, in [0, 1]."""
-    positions, ticks = _positions(values)
-    if not ticks and _spans_decades(positions):
-        positions = np.log10(positions)
-    heights = np.full(len(positions), 0.5)
-    if len(positions) and np.ptp(positions):
-        heights = (positions - positions.min()) / np.ptp(positions)
-    labels = dict(zip(heights.tolist(), values, strict=True))  # one for each height
-    for height, value in labels.items():
-        if ticks or height in (0.0, 1.0):  # of a range, the ends
-            text = f"{value:.3g}" if _is_number(value) else str(value)
-            note(axes, text, (place, height), (4, 2), color=GREY, size=8)
-    return heights
 
 
 def _spans_decades(positions: np.ndarray) -> bool:

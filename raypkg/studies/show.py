@@ -6,6 +6,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from html import escape
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from raypkg.core.config import dotted, parse_toml
 from raypkg.core.errors import UserError, redacted
 from raypkg.runs import ROOT
 from raypkg.runs.catalog import GOING, STATES, resuming, state_of
-from raypkg.runs.document import Grid, document, paragraph, picture
+from raypkg.runs.document import Grid, document, link, paragraph, picture
 from raypkg.runs.folder import CONFIG, ENVIRONMENT, Environment, RunFolder, environment
 from raypkg.runs.plots import duration, in_full, save_plot, short
 from raypkg.runs.show import cost_grid, findings, print_grid, tables
@@ -27,13 +28,15 @@ from raypkg.runs.storage import Storage
 from . import plots
 from .figures import DONE, Difference, Estimate, Row, front, measured_points, ranked
 from .outcomes import Line, Outcomes
-from .study import BEST, RESULTS, Study, as_table, find_study, is_study
-from .tables import REST, Table, stored_table
+from .study import BEST, FOLDER, RESULTS, Study, as_table, find_study, is_study, study_around
+from .tables import METRICS, NOT_PAID, PAID, REST, UNKNOWN, Table, stored_table
 from .verdict import Verdict
 
 MARKDOWN = "table.md"
 PAGE = "report.html"
 PLOTS = "plots"
+NAMED = 3  # rows in the finding of a comparison, for each verdict
+MOST = 1_400_000  # bytes of a page's pictures
 VERDICTS = "verdicts.json"
 LEGEND = (
     "mean ± standard deviation over seeds; difference from the baseline, seed by seed, with its interval (Student's t,"
@@ -54,9 +57,10 @@ class Report(NamedTuple):
     """The content of a study's page."""
 
     title: str
-    opening: Sequence[str]  # lines above the sections
+    finding: str  # a sentence; empty without results
     sections: Sequence[Section]
-    findings: Sequence[str]  # lines below the sections
+    lines: Sequence[str]  # below the sections
+    notes: Sequence[str]
     results: Sequence[Row]  # one for each trial
     best: Row | None = None  # of the best trial of a sweep
     verdicts: Sequence[Row] = ()  # of a comparison
@@ -74,12 +78,12 @@ def show_study(study: Study, console: Console, table: Table | None = None) -> No
     report = report_of(study, table)
     for section in report.sections:
         print_grid(section.grid)
-    for line in report.opening:
+    for line in report.notes:
         console.print(line, style="dim", soft_wrap=True)
     for row in report.results:
         if row["error"]:
             console.print(f"{row['run']} failed: {row['error']}", soft_wrap=True)
-    for line in report.findings:
+    for line in filter(None, [report.finding, *report.lines]):
         console.print(line, soft_wrap=True)
     files = [file for file in (MARKDOWN, RESULTS, PAGE) if file in study.storage.list()]
     console.print(f"{redacted(study.storage.root)}: {', '.join(files)}", style="dim", soft_wrap=True)
@@ -110,27 +114,40 @@ def conclude(study: Study) -> None:
     machine = here["processor"] or here["machine"]
     count = len(study.numbers())
     origin = f"{count} trials, written {date} on {machine} with {versions}."
-    lines = [*report.findings, origin]
 
-    title, *texts = (escape(text, quote=False) for text in (report.title, *report.opening, *lines))
-    opening, closing = texts[: len(report.opening)], texts[len(report.opening) :]
-    parts = [f"# {title}", *opening, *(section.grid.markdown() for section in report.sections), *closing]
-    storage.write(MARKDOWN, ("\n\n".join(parts) + "\n").encode())
+    title, *texts = (escape(text, quote=False) for text in (report.title, report.finding, *report.lines, *report.notes))
+    parts = [f"# {title}", *texts[:1], *(section.grid.markdown() for section in report.sections), *texts[1:]]
+    storage.write(MARKDOWN, ("\n\n".join([*filter(None, parts), origin]) + "\n").encode())
 
-    html = [paragraph(line) for line in report.opening]
+    links: dict[str, str] = {}  # to the pages of trials, by name and by number in the table of a sweep
+    for row in report.results:
+        if PAGE in study.run_storage(row["trial"]).list():
+            names = [row["run"]] if study.order.table else [f"{row['trial']}", f"*{row['trial']}"]
+            links |= dict.fromkeys(names, f"../../{study.experiment}/{row['run']}/{PAGE}")
+    html = [paragraph(report.finding, "finding")]
+    pictures = Pictures(storage)
     for section in report.sections:
-        html.append(section.grid.html())
-        html += _pictures(storage, [f"{name}.png" for name in section.plots], section.grid.title)
-    html += [paragraph(line) for line in lines]
+        first, *others = [pictures.part(f"{name}.png", section.grid.title) for name in section.plots]
+        html += [section.grid.html(first, links), *others]
+    html += [paragraph(line) for line in report.lines]
+    if study.order.table:
+        names = ["run", "case", "row", "seed", "state", study.order.metric]
+        runs = [[in_full(row.get(name)) for name in names] for row in report.results]
+        html.append(Grid("Runs", names, runs).html(links=links))
+    html += [paragraph(line, "note") for line in (*report.notes, origin)]
     html.append(_settings_grid(study.config, "Settings that all trials share").html())
     storage.write(PAGE, document(f"{study.name}: {report.title}", html).encode())
 
 
 def write_page(folder: RunFolder) -> str:
-    """Write the page of a finished run, or the results of a study as it stands; return the page's path."""
+    """Write the page of a finished run, or those of a study, as it stands, and its trials; return the page's path."""
     storage = folder.storage
     if is_study(storage):
-        conclude(Study(storage))
+        study = Study(storage)
+        for run in (study.run(number) for number in range(len(study.trials))):
+            if run.summary:
+                run.storage.write(PAGE, run_page(run).encode())
+        conclude(study)
     else:
         storage.write(PAGE, run_page(folder).encode())
     return f"{storage.root}/{PAGE}"
@@ -169,13 +186,23 @@ def run_page(folder: RunFolder) -> str:
     noted = folder.storage.read_json(ENVIRONMENT, Environment) or {}
     versions = [f"{name} {version}" for name, version in noted.get("packages", {}).items()]
     facts = [noted.get("started"), noted.get("processor"), *versions]
+    study = None
+    with suppress(UserError):  # the record of its study may be damaged
+        study = study_around(folder.storage)
+    finding, *lines = findings(summary)
+    files = sorted(folder.storage.list(PLOTS), key=lambda file: (not file.startswith("curves"), file))
+    pictures = Pictures(folder.storage)
+    first, *others = [pictures.part(file) for file in files] or [""]
     parts = [
-        *(paragraph(line) for line in findings(summary)),
-        cost_grid("Costs", summary["phases"]).html(),
+        f"<p>{link(f'trial of {study.name}', f'../../{FOLDER}/{study.name}/{PAGE}')}</p>" if study else "",
+        paragraph(finding, "finding"),
+        first,
         *(grid.html() for grid in tables(summary)),
-        *_pictures(folder.storage, folder.storage.list(PLOTS)),
+        *(paragraph(line) for line in lines),
+        cost_grid("Costs", summary["phases"]).html(),
+        *others,
         _settings_grid(folder.config, "Settings").html(),
-        paragraph("; ".join(fact for fact in facts if fact)),
+        paragraph("; ".join(fact for fact in facts if fact), "note"),
     ]
     return document(f"{folder.storage.parent.name} {folder.name}", parts)
 
@@ -209,13 +236,14 @@ def _sweep_report(study: Study, final: bool) -> Report:
         curves = {study.run_name(number): run.curve(metric) for number, run in runs.items()}
         best_run = best["run"] if best else None
         save_plot(study.storage, "settings", partial(plots.against_settings, results, names, metric))
-        save_plot(study.storage, "parallel", partial(plots.parallel, results, names, metric, mode))
         save_plot(study.storage, "curves", partial(plots.learning_curves, curves, metric, best_run))
-        save_plot(study.storage, "pareto", partial(plots.pareto, points, on_front, metric))
+        if len({cost for cost, _ in points.values()}) > 1:
+            save_plot(study.storage, "pareto", partial(plots.pareto, points, on_front, metric))
 
-    lines = []
+    finding, lines = "", []
     if best:
-        lines += [f"best: {best['run']}, {metric} {in_full(best[metric])}"]
+        chosen = ", ".join(f"{name} {_setting(best.get(name))}" for name in names)
+        finding = f"best: {best['run']}, {metric} {in_full(best[metric])}, of {len(points)} trials; {chosen}"
         if summary := runs[best["trial"]].summary:  # None: the trial ended, or was deleted, after its folder was read
             lines += findings(summary)[:1]
         file = f"{study.storage.root}/{BEST}"
@@ -224,8 +252,8 @@ def _sweep_report(study: Study, final: bool) -> Report:
             file = f"{study.run_storage(best['trial']).root}/{CONFIG}"
         lines += [f"its settings: effray {study.experiment} --config {shlex.quote(redacted(file))}"]
     grid = Grid("Trials", headings, rows, note=note)
-    section = Section(grid, ("settings", "parallel", "curves", "pareto"))
-    return Report(f"a sweep of {study.experiment}", [], [section], lines, results, best)
+    section = Section(grid, ("settings", "curves", "pareto"))
+    return Report(f"a sweep of {study.experiment}", finding, [section], lines, [], results, best)
 
 
 def _setting(value: Any) -> str:
@@ -262,7 +290,7 @@ def _comparison_report(study: Study, table: Table, final: bool) -> Report:
         if final:
             save_plot(study.storage, bars, partial(plots.rows_of_case, case, table.metric))
             if any(len(line.curve) > 1 for line in case.lines):
-                save_plot(study.storage, curves, partial(plots.curves_of_case, case, table.baseline))
+                save_plot(study.storage, curves, partial(plots.curves_of_case, case))
 
     lines = []
     summaries = [run.summary for run in outcomes.runs.values() if run.summary]
@@ -276,8 +304,31 @@ def _comparison_report(study: Study, table: Table, final: bool) -> Report:
         lines = [f"{phases} of {len(summaries):,} trials are taken over from {source}; {cost}."]
     seeds = ", ".join(map(str, table.seeds))
     title = f"{table.title} ({study.order.asked}, {study.order.scale} scale)"
-    opening = [f"Seeds {seeds}; {LEGEND}."]
-    return Report(title, opening, sections, lines, list(outcomes.records()), verdicts=outcomes.verdicts())
+    notes = [f"Seeds {seeds}; {LEGEND}."]
+    verdicts = outcomes.verdicts()
+    return Report(title, _finding(outcomes, verdicts), sections, lines, notes, [*outcomes.records()], verdicts=verdicts)
+
+
+def _finding(outcomes: Outcomes, verdicts: Sequence[Row]) -> str:
+    """Return the best row of the only case and the verdicts, as a sentence."""
+    table = outcomes.table
+    parts = []
+    if len(outcomes.cases) == 1:
+        measured = [line for line in outcomes.cases[0].lines if line.value]
+        sign = 1 if METRICS[table.metric].mode == "max" else -1
+        best = max(measured, key=lambda line: sign * line.value.mean if line.value else 0, default=None)
+        if best:
+            metric = table.metric.replace("_", " ")
+            parts.append(f"best {metric}: “{best.row}”, {_estimate(best.value, table.metric)}")
+    at = f"by {table.gain}" if table.gain else "at equal work"
+    for word in (PAID, NOT_PAID):
+        found = [each for each in verdicts if each["verdict"] == word]
+        names = [f"“{each['row']}”" + f" ({each['case']})" * (len(outcomes.cases) > 1) for each in found]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        parts += [f"{at} {', '.join(names[:NAMED])}{more} {word}"] if found else []
+    unknown = sum(each["verdict"] == UNKNOWN for each in verdicts)
+    parts += [f"{unknown} of {len(verdicts)} verdicts {at} are unknown"] if unknown else []
+    return "; ".join(parts)
 
 
 def _cells(table: Table, line: Line, baseline: Estimate | None) -> Iterator[str]:
@@ -355,11 +406,24 @@ def _settings_grid(config: Mapping[str, Any], title: str) -> Grid:
     return Grid(title, ["setting", "value"], [[name, _setting(value)] for name, value in dotted(config).items()])
 
 
-def _pictures(storage: Storage, files: Sequence[str], of: str = "") -> Iterator[str]:
-    for file in files:
-        path = storage.local / PLOTS / file if storage.local else None
+class Pictures:
+    """The pictures of a page: embedded while the page stays below 2 MB, then linked."""
+
+    def __init__(self, storage: Storage):
+        self._storage = storage
+        self._left = MOST
+
+    def part(self, file: str, of: str = "") -> str:
+        """Return a picture as a part of the page; empty if there is none."""
+        name = f"{PLOTS}/{file}"
+        path = self._storage.local / name if self._storage.local else None
         if path and (path.parent.is_symlink() or path.is_symlink() or (path.exists() and not path.is_file())):
-            yield paragraph(f"{PLOTS}/{file} is not a regular file of this folder, so it is not embedded.")
-        elif png := storage.read(f"{PLOTS}/{file}"):
-            name = file.removesuffix(".png")
-            yield picture(png, f"{name}, {of}" if of else name)
+            return paragraph(f"{name} is not a regular file of this folder, so it is not embedded.")
+        png = self._storage.read(name)
+        if png is None:
+            return ""
+        self._left -= len(png)
+        if self._left < 0:
+            return f"<p>{link(name, name)}</p>"
+        title = file.removesuffix(".png")
+        return picture(png, f"{title}, {of}" if of else title)

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 KILLS = int(os.environ.get("EFFRAY_KILLS", "12"))
 SEED = int(os.environ.get("EFFRAY_CHAOS_SEED", "0"))
 # Files that hold times, those of a sweep beside its figures.
-TIMED = ("costs.png", "environment.json", "results.parquet", "table.md", "report.html")
+TIMED = ("environment.json", "results.parquet", "table.md", "report.html")
 ATTEMPTS = 8  # to resume a run, at most
 WATCHES: list[Watch] = []  # of all processes that were attacked
 

@@ -161,7 +161,7 @@ def test_lipt_leaves_a_whole_run_folder(effray, rendered_pictures):
         *("coreset.parquet", "scores.parquet", "pretrained.safetensors", "model.safetensors"),
         *("model_record.parquet", "pretrained_record.parquet"),
         *(f"phases/{phase}.json" for phase in ("pretrain", "select", "train")),
-        *(f"plots/{plot}.png" for plot in ("curves", "costs", "composition", "scores", "images")),
+        *(f"plots/{plot}.png" for plot in ("curves", "composition", "scores", "images")),
     }
     figures = summary("lipt/one")
     assert (figures["samples"], figures["coreset"], coreset("lipt/one").num_rows) == (1295, 130, 130)

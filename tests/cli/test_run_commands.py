@@ -270,7 +270,7 @@ def test_list_tells_a_folder_that_cannot_be_read_and_lists_the_others(effray, fo
 
 @pytest.mark.parametrize("what", ["file", "folder", "pipe"])
 def test_report_embeds_regular_files_of_its_own_folder_only(effray, what):
-    begun(done=True).storage.write("plots/costs.png", b"own picture")
+    begun(done=True).storage.write("plots/curves.png", b"own picture")
     plots = Path("runs/train/one/plots")
     Path("elsewhere").mkdir()
     Path("elsewhere/other.png").write_bytes(b"not for you")

@@ -31,7 +31,7 @@ def checks(rows: Rows, tau: float, path: str | Path) -> None:
         error.annotate(f"τ = {tau:g}", (0, tau), (4, 4), color=VERMILLION, **NOTE)
         error.set_title(f"ρ exceeds τ at {expired:.0%} of the checks")
 
-        ends = {"T1, steps": (interval[-1], BLUE), "P, coresets": (pool[-1], ORANGE)}
+        ends = {f"T1 = {interval[-1]:g} steps": (interval[-1], BLUE), f"P = {pool[-1]:g} coresets": (pool[-1], ORANGE)}
         trust.step(step, interval, where="post", color=BLUE)
         trust.step(step, pool, where="post", color=ORANGE)
         line_ends(trust, step[-1], ends)

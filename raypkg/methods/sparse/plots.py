@@ -29,9 +29,9 @@ def topology(changes: Rows, path: str | Path) -> None:
         left.set_title(f"{density[-1] / 100:.2%} of {short(weights.sum())} weights exist")
         left.set_xlabel("density, %")
         left.set_xlim(left=0)
-        left.set_yticks(lines, names, fontsize=7)
-        left.invert_yaxis()
-        left.legend(loc="center right")  # where layers are sparse
+        left.set_yticks(lines, names, fontsize=min(10, 240 / len(names)))
+        left.set_ylim(max(len(names), 6) - 0.5, -0.5)
+        left.legend(loc="lower right")
 
         right.step(epoch, explored, where="post", color=BLUE)
         right.step(epoch, density, where="post", color=ORANGE)
