@@ -10,9 +10,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import reference
+import test_crest_loader
+import test_loader
 from pretended import DEVICE, There, pretended
+from raypkg import CoresetLoader, CrestLoader, lipt
 from raypkg.core.settings import Reselect, Training
 from raypkg.coresets.budgets import select
 from raypkg.coresets.record import Recorder
@@ -33,6 +37,8 @@ from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
 from raypkg.methods.crest.hook import Crest
 from raypkg.methods.crest.settings import CrestOptions
+from raypkg.methods.language.api import less_rows, state_rows
+from raypkg.methods.language.projection import Projection
 from raypkg.models import build_model, model
 from sparse_training import sparse as sparse_hooks
 
@@ -199,6 +205,88 @@ def trained_in_batches(size, hooks, **settings):
     chosen = Training(epochs=1, batch_size=size, precision="float64", **settings)
     network = build_model("mlp", samples.shape, C, seed=0)
     fit(Run.simple(network, samples, chosen, worker=Worker(device=DEVICE), hooks=hooks(DEVICE, samples)))
+
+
+def step(model, losses, w, optimizer):
+    optimizer.zero_grad()
+    ((losses * w.to(losses)).sum() / len(w)).backward()
+    optimizer.step()
+
+
+def weights_of(network):
+    return values(weight.detach() for weight in network.parameters())
+
+
+def by_coresets(device, rule):
+    network = test_loader.network().double().to(device)
+    x, y = test_loader.data().tensors
+    batches = DataLoader(TensorDataset(x.double(), y), batch_size=16)
+    loader = CoresetLoader(batches, network, rule, 0.5, epochs=2, every_epochs=1)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    for _ in range(2):
+        for x, y, w in loader:
+            losses = F.cross_entropy(network(x.to(device)), y.to(device), reduction="none")
+            loader.record(losses)
+            step(network, losses, w, optimizer)
+    return weights_of(network)
+
+
+def by_crest(device, **options):
+    network = test_crest_loader.network().to(device)
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    for x, y, w in test_crest_loader.loader_of(network, **options):
+        step(network, F.cross_entropy(network(x.to(device)), y.to(device), reduction="none"), w, optimizer)
+    return weights_of(network)
+
+
+def by_colm(device, **options):
+    test_colm = pytest.importorskip("test_colm")
+    network = test_colm.network().to(device)
+    optimizer = torch.optim.SGD([weight for weight in network.parameters() if weight.requires_grad], 0.05)
+    for x, _, w in CrestLoader(test_colm.texts(12), network, test_colm.SIZE, epochs=1, preset="colm", **options):
+        step(network, network(x.to(device)).losses, w, optimizer)
+    return weights_of(network)
+
+
+def by_lipt(device):
+    options = {"models": 2, "epochs": 1, "batch_size": 16, "density": 0.5, "precision": "float64", "workers": 0}
+    x, y = test_loader.data().tensors
+    network = test_loader.network().double().to(device)
+    return weights_of(lipt.pretrain(network, TensorDataset(x.double(), y), **options))
+
+
+LOOPS = {
+    "gradmatch": partial(by_coresets, rule="gradmatch"),
+    "craig": partial(by_coresets, rule="craig"),
+    "crest": partial(by_crest, epochs=2, **test_crest_loader.BUSY),
+    "colm": pytest.param(by_colm, marks=pytest.mark.slow),
+    "colm, exact": partial(by_colm, gradient="exact"),
+    "lipt": by_lipt,
+}
+
+
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")  # which this device is not
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+def test_loops_of_ones_own_are_those_of_the_cpu(loop):
+    expected = loop(CPU)
+    with pretended():
+        found = loop(DEVICE)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def language_rows(device):
+    test_colm = pytest.importorskip("test_colm")
+    network, x = test_colm.network().double().eval().to(device), test_colm.texts(6)[0].to(device)
+    return values([state_rows(network, [x]), less_rows(network, [x], Projection(0, 8))])
+
+
+def test_rows_of_language_models_are_those_of_the_cpu():
+    expected = language_rows(CPU)
+    with pretended():
+        found = language_rows(DEVICE)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 # What is planted must be found

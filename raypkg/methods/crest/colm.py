@@ -223,7 +223,7 @@ def choose(
     """
 
     def gradients(positions: Tensor) -> Tensor:
-        own = factors[positions]
+        own = factors[positions.to(factors.device)]
         return own if direction is None else own * direction
 
     size = min(size, len(sources))
