@@ -162,10 +162,7 @@ def check_has_model(folder: RunFolder) -> None:
 
 
 def settings_of_trained(folder: RunFolder, reader: str = "") -> Experiment:
-    """Return the settings that all runs with a model have in common; refuse a run without a usable model.
-
-    A ``reader`` of the gradients of the cross-entropy is refused where another loss was trained.
-    """
+    """Return the settings that all runs with a model have; refuse one of another loss for a ``reader`` of gradients."""
     check_has_model(folder)
     stored = stored_settings(folder)
     if reader and (loss := stored.get("train", {}).get("loss")):

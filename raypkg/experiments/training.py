@@ -302,10 +302,7 @@ class Average(Hook):
 
 
 class BestEpoch(Hook):
-    """Holds the weights of the epoch with the best held-out figure, the first of equals. Checkpoints have them.
-
-    The figure is the accuracy, or the loss of a language model, unless it is named.
-    """
+    """Holds the weights of the epoch with the best held-out figure, the first of equals. Checkpoints have them."""
 
     sharded = True
 
