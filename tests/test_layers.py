@@ -22,6 +22,7 @@ ROOMS = {
     ("lipt", "sparse"),
     ("sparse", "crest"),
     ("sparse", "agent"),
+    ("language", "lipt"),
     ("audit", "deltagrad"),
     ("deltagrad", "audit"),  # its Hessian
 }  # which method may import which
