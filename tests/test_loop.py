@@ -272,6 +272,14 @@ def test_more_workers_than_samples_in_a_batch():
         Batches(split(), Coreset.uniform(torch.arange(2)), 16, seed=0, augment=(), worker=Worker(0, 3))
 
 
+def test_a_long_epoch_reports_its_steps(monkeypatch):
+    monkeypatch.setattr("raypkg.engine.loop.QUIET", 0.0)
+    reported = []
+    fit(replace(run(), worker=Worker(report=reported.append)))
+    assert [each["within"] for each in reported if "within" in each] == [1, 2, 3, 4] * 4
+    assert reported[0] == {"phase": "train", "model": None, "epoch": 1, "within": 1, "steps": 4}
+
+
 def test_evaluation_by_hand():
     network, data = model(), split()
     found = evaluate(network, data, torch.arange(10, 40), Worker(), (cost := Cost("evaluate")), precision="float32")

@@ -49,6 +49,13 @@ def test_plain_lines_give_epoch_elapsed_and_remaining_time_throughput_and_loss(f
     assert lines[-1].startswith("train done in ")
 
 
+def test_a_long_epoch_has_a_line_now_and_then(folder):
+    steps = [row(1) | {"within": 100 * number, "steps": 1000} for number in range(1, 5)]
+    lines = said(folder, [*steps, row(1)], times=[15.0, 61.0, 75.0, 130.0, 140.0]).splitlines()
+    assert lines[1:3] == ["train  epoch 1: step 200 of 1,000", "train  epoch 1: step 400 of 1,000"]
+    assert len(folder.rows) == 1 and len(lines) == 5
+
+
 def test_the_bill_is_shown_and_not_stored(folder):
     bill = {"seconds": 10.0, "total_seconds": 20.0, "waited": 0.5, "operations": 5e12, "peak": 1e12}
     lines = said(folder, [row(1) | {"bill": bill | {"device_memory": 3 << 30}}, row(2) | {"bill": bill}]).splitlines()

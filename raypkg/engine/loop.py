@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
@@ -28,6 +29,7 @@ from .run import Run, Seen
 from .worker import Worker, whole
 
 MOST_NATS = 700.0  # e to a larger loss is beyond float64
+QUIET = 15.0  # seconds within an epoch without a report of its steps
 VIEWS = {"plain": 1, "mirrored": 2, "shifted": 6}  # forward passes of an image in an evaluation
 
 
@@ -122,6 +124,7 @@ def train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
     norms = []  # of the gradients before clipping
     length = run.length or settings.epochs
     steps_left = whole_steps((run.last or length) - run.epoch, steps)
+    reported = time.monotonic()
     for number, batch in enumerate(batches):
         if number == steps_left:  # training ends within this epoch
             break
@@ -132,6 +135,10 @@ def train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
         totals += train_step(run, model, batch)
         if settings.clip:
             norms.append(run.norm)
+        if run.worker.rank == 0 and time.monotonic() - reported >= QUIET:
+            reported = time.monotonic()
+            row = {"phase": run.phase, "model": run.label, "epoch": run.epoch + 1}
+            run.worker.report({**row, "within": number + 1, "steps": min(steps, steps_left)})
     loss, correct, samples = run.worker.sum(totals).tolist()
     if not math.isfinite(loss):
         kept = f"; the checkpoint of epoch {run.epoch} stays" if run.epoch else ""

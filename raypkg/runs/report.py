@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # they import pyarrow, which `--help` does not need
     from .tracking import Tracker
 
 
+SILENCE = 60.0  # seconds without a line, outside a terminal, before the steps of an epoch are printed
 Listener = Callable[[Mapping[str, Any]], None]  # receives rows of metrics
 
 
@@ -109,6 +110,7 @@ class Report:
             # usual 30 s. Disabled bars measure it as well, for the lines of text.
             speed_estimate_period=float("inf"),
         )
+        self._said = console.get_time()  # when the last line was printed
         self._tasks: dict[str, progress.Task] = {}  # of the phases in progress
         self.records: dict[str, dict[str, Any]] = {}  # of the phases so far, in their order
 
@@ -125,8 +127,17 @@ class Report:
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Take a row of metrics from a worker. A row that is known from before a restart is only counted.
 
-        The bill so far, under ``bill``, is shown and tracked, not stored: rows are the same whatever the time.
+        The bill so far, under ``bill``, is shown and tracked, not stored: rows are the same whatever the time. A row
+        with the number of steps ``within`` an unfinished epoch is only shown, on a terminal; elsewhere now and then.
         """
+        if "within" in row:
+            if task := self._tasks.get(row["phase"]):
+                model = f"model {row['model'] + 1}, " if row.get("model") is not None else ""
+                status = f"{model}epoch {row['epoch']}: step {row['within']:,} of {row['steps']:,}"
+                self._progress.update(task.id, status=status)
+                if self._console.get_time() - self._said >= SILENCE:
+                    self._say_without_bars(f"{row['phase']}  {status}")
+            return
         bill = row.get("bill", {})
         row = {name: value for name, value in row.items() if name != "bill"}
         is_new = self.folder.log(row)
@@ -210,6 +221,7 @@ class Report:
 
     def say(self, line: str) -> None:
         """Print a line that is not a metric."""
+        self._said = self._console.get_time()
         self._console.print(line, highlight=False, soft_wrap=True)
 
     def _say_without_bars(self, line: str) -> None:
