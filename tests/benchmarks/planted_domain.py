@@ -27,7 +27,7 @@ from torch import Tensor
 from raypkg import Coreset, Hook, Run, Split, build_model, evaluate, fit, language, load_data
 from raypkg.coresets.rows import Rows
 from raypkg.coresets.rules.rows import less, rds_plus
-from raypkg.methods.language.api import Projection, moments_of, over_checkpoints
+from raypkg.methods.language.api import Moments, Projection, moments_of, over_checkpoints
 from raypkg.studies.figures import half_interval
 
 KINDS = ("abbreviation", "entity", "description", "person", "place", "number")  # TREC's labels 0 to 5
@@ -128,21 +128,37 @@ def rds_plus_picks(case: Case, seed: int) -> Coreset:
     return rds_plus(pool, case.budget, target=target)
 
 
-def less_picks(case: Case, seed: int, by_kind: bool = False) -> Coreset:
-    model = case.build(seed)
+def less_picks(case: Case, seed: int, by_kind: bool = False, models: int = 1) -> Coreset:
+    """Pick by LESS; several models of disjoint shards are merged once into one checkpoint, as with `warmup.by lipt`."""
     some = torch.randperm(len(case.pool), generator=torch.Generator().manual_seed(seed))[: case.budget]
-    kept = KeepMoments()
-    warm = {"coreset": Coreset.uniform(some.sort().values), "seed": seed, "hooks": [kept]}
-    fit(Run.simple(model, case.pool, **warm, **case.settings(WARM_UP)))
+    warmed = []
+    for number, shard in enumerate(some.tensor_split(models)):
+        kept = KeepMoments()
+        warm = {"coreset": Coreset.uniform(shard.sort().values), "seed": seed + 100 * number, "hooks": [kept]}
+        fit(Run.simple(case.build(seed), case.pool, **warm, **case.settings(WARM_UP)))
+        warmed.append(kept.checkpoints)
+    checkpoints = warmed[0] if models == 1 else [averaged([each[-1] for each in warmed])]
     pool, target = [], []
+    model = case.build(seed)
     projection = Projection(seed, case.width)
-    for state, moments, _ in kept.checkpoints:
+    for state, moments, _ in checkpoints:
         model.load_state_dict(state)
         pool.append(language.less_rows(model, batches(case.pool), projection, moments))
         target.append(language.less_rows(model, batches(case.target), projection))
-    rates = [rate for *_, rate in kept.checkpoints]
+    rates = [rate for *_, rate in checkpoints]
     aim = Rows(over_checkpoints(target, rates), case.target.y if by_kind else None)
     return less(Rows(over_checkpoints(pool, rates)), case.budget, target=aim)
+
+
+def averaged(checkpoints: list[tuple]) -> tuple:
+    """Return one checkpoint with the mean weights and moments of several."""
+    states, moments, rates = zip(*checkpoints, strict=True)
+    state = {name: torch.stack([each[name] for each in states]).mean(0) for name in states[0]}
+    means = {
+        name: Moments(*(torch.stack(each).mean(0) for each in zip(*(own[name] for own in moments), strict=True)))
+        for name in moments[0]
+    }
+    return state, means, statistics.mean(rates)
 
 
 def random_picks(case: Case, seed: int) -> Coreset:
@@ -159,6 +175,7 @@ PICKS = {
     "rds_plus": rds_plus_picks,
     "less": less_picks,
     "less by kind": partial(less_picks, by_kind=True),
+    "less, warm-up by lipt": partial(less_picks, models=4),
     "all": all_picks,
     "random, work of rds_plus": random_picks,
     "random, work of less": random_picks,
