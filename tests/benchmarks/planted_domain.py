@@ -153,7 +153,8 @@ def less_picks(case: Case, seed: int, by_kind: bool = False, models: int = 1) ->
 def averaged(checkpoints: list[tuple]) -> tuple:
     """Return one checkpoint with the mean weights and moments of several."""
     states, moments, rates = zip(*checkpoints, strict=True)
-    state = {name: torch.stack([each[name] for each in states]).mean(0) for name in states[0]}
+    state = dict(states[0])  # the base's weights and digest are equal
+    state |= {name: torch.stack([each[name] for each in states]).mean(0) for name in moments[0]}
     means = {
         name: Moments(*(torch.stack(each).mean(0) for each in zip(*(own[name] for own in moments), strict=True)))
         for name in moments[0]
