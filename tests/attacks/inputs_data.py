@@ -35,6 +35,16 @@ MEMORY = cases(
     variable="EFFRAY_MEMORY",
 )
 
+SPARSE = cases(
+    "sparse rows",
+    "data libsvm:mine.svm",
+    {
+        f"{2**53 + 1} 1:1\n{2**53} 1:2\n": f"line 1 … '{2**53 + 1}', needed is a number, the label, up to 9,007,",
+        "1e300 1:1\n": "needed is a number, the label, up to",
+    },
+    into="mine.svm",
+)
+
 
 def write_mnist(folder: Path, contents: tuple[bytes, bytes]) -> None:
     raw = folder / "mine/MNIST/raw"

@@ -23,6 +23,7 @@ SUFFIXES = (".libsvm", ".svm", ".txt", *PACKED)
 ENTRY = np.dtype([("column", "<i4"), ("value", "<f4")])  # of a stored row; columns count from 0
 MOST_COLUMNS = 2**31  # limit of an entry's column
 DENSE = np.dtype(np.float32)
+LARGEST_LABEL = 2**53 - 1  # float64 rounds some larger ones, so two classes could become one
 SHOWN = 40  # characters shown of an invalid label
 BLOCK = 1 << 14  # rows written to the store at once
 ROW = 256  # bytes of a row in memory, besides its entries: two objects and a label
@@ -114,8 +115,11 @@ def _label(label: str, where: str) -> str:
     try:
         value = float(label)
         whole = int(value)
+        if abs(value) > LARGEST_LABEL:
+            raise OverflowError
     except (ValueError, OverflowError):  # not a number, NaN, infinity
-        raise UserError(f"{where} begins with {label[:SHOWN]!r}, needed is a number, the label") from None
+        needed = f"a number, the label, up to {LARGEST_LABEL:,}"
+        raise UserError(f"{where} begins with {label[:SHOWN]!r}, needed is {needed}") from None
     return str(whole) if value == whole else str(value)
 
 
