@@ -179,6 +179,7 @@ NAMED = [NAMES[c] for c in LABELS["train"]]
         (GOOD | {"label": NAMED}, {"columns": ["text", "label"]}, r"text column of .* 'label'.*Allowed: text"),
         (GOOD | {"label": LABELS["train"] / 2}, {}, r"label column 'label' of .* is double, needed are integers"),
         (GOOD, {"label": "text"}, r"none of the usual columns of texts among text, label: set"),
+        (GOOD | {"label": ["a" * 1001] * 30}, {}, r"sample 0 .* has a label longer than 1,000 bytes"),
         ({"text": TRAIN[:0], "label": LABELS["train"][:0]}, {}, r"holds no samples"),
         (GOOD, {"tokenizer": "./nowhere"}, r"tokenizer = './nowhere': no tokenizer"),
     ],

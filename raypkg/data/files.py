@@ -30,6 +30,7 @@ PREFIXES = {"train": ("train",), "test": ("test", "valid")}  # `valid` replaces 
 READERS = 16  # concurrent requests
 ROW_BYTES = 16  # of a row besides its values: label and position
 VALUE_BYTES = {"BOOLEAN": 1, "INT64": 8, "DOUBLE": 8, "INT96": 12}  # by the type in a parquet file; others take 4
+LONGEST_CLASS = 1000  # bytes of a class name
 
 Names = tuple[str, ...]  # folders and a file, from the root of a listing down
 J = TypeVar("J")
@@ -360,6 +361,8 @@ def noted(schema: pa.Schema, key: str, file: Place) -> Iterator[bytes]:
 def _distinct(names: Names | None) -> Names | None:
     if (twice := repeated(names or ())) is not None:
         raise ValueError(f"has two classes {twice!r}")
+    if any(len(name.encode()) > LONGEST_CLASS for name in names or ()):
+        raise ValueError(f"has a class whose name is longer than {LONGEST_CLASS:,} bytes")
     return names
 
 

@@ -75,7 +75,7 @@ def test_what_is_no_table(load_csv, cache, text, message):
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("NaN", "has no value in line 13"),
+        ("NaN", "holds NaN in line 13, needed are finite numbers"),
         ("", "has no value in line 13"),
         ("inf", "holds inf in line 13"),
         ("1e300", r"holds 1e\+300 in line 13, needed are finite numbers that float32 can hold"),
@@ -88,7 +88,7 @@ def test_a_value_is_found_by_its_line(load_csv, value, problem, end):
         load_csv(text.replace("\n", end))
 
 
-@pytest.mark.parametrize("label", ["inf", "-inf"])
+@pytest.mark.parametrize("label", ["NaN", "inf", "-inf"])
 def test_labels_are_finite(load_csv, label):
     with pytest.raises(UserError, match=r"column 'label' of .*rows.csv' holds NaN or infinity in line 11"):
         load_csv(f"{GOOD}1,{label}\n")
@@ -116,8 +116,16 @@ def noting(metadata):
         (pa.table({"label": [0, 1]}), "has 2 rows and 0 columns besides 'label'"),
         (pa.table({}), "unknown label column of .* 'label'. Allowed: none"),
         (
+            column([1.0, 2.0]).set_column(1, "label", [["a" * 1001, "b"]]),
+            "label' .* is longer than 1,000 bytes in row 0",
+        ),
+        (
             noting({"classes": ["0", "1", "0"]}),
             "metadata 'effray' of .*rows.parquet': classes = .*: has two classes '0'",
+        ),
+        (
+            noting({"classes": ["0", "1" * 1001]}),
+            "metadata 'effray' of .*: has a class whose name is longer than 1,000",
         ),
         (noting({"classes": "01"}), "metadata 'effray' of .*: classes = '01': input should be a valid array"),
         (noting({"classes": [0, 1]}), "metadata 'effray' of .*: classes.0 = 0: input should be a valid string"),

@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.memory import check_read
 from raypkg.data.files import (
+    LONGEST_CLASS,
     Classes,
     Place,
     check_distinct,
@@ -50,6 +51,9 @@ BLOCK = 1 << 16  # rows converted at once
 BLOCK_BYTES = 64 << 20  # bytes of vectors converted at once
 LARGEST_ID = 2**63 - 1
 LABEL_KINDS = ("integer", "floating", "decimal", "boolean", "date", "string", "large_string")  # by Arrow's names
+TOO_LONG = f"is longer than {LONGEST_CLASS:,} bytes"
+NAN = {"NaN", "-NaN", "nan", "-nan"}  # refused as numbers, where Arrow would read a missing value
+CONVERT = pcsv.ConvertOptions(null_values=[text for text in pcsv.ConvertOptions().null_values if text not in NAN])
 
 
 @dataset("table")
@@ -204,6 +208,7 @@ class RowTable:
             raise UserError(f"{where} is {kind}, needed are numbers or texts in UTF-8")
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             self._refuse_where(pc.equal(labels, ""), self.label, "has no value")
+            self._refuse_where(pc.greater(pc.binary_length(labels), LONGEST_CLASS), self.label, TOO_LONG)
             self._refuse_where(pc.match_substring(labels, "\n"), self.label, "holds a line break")  # an open quote
         if pa.types.is_floating(kind):
             self._refuse_where(pc.invert(pc.is_finite(labels)), self.label, "holds NaN or infinity")
@@ -242,7 +247,7 @@ class RowTable:
 def _read_csv(file: Place) -> pa.Table:
     with reading(file):
         check_read(f"table {str(file)!r}", identity_of(file)[1])
-        table = pcsv.read_csv(open_input(file))
+        table = pcsv.read_csv(open_input(file), convert_options=CONVERT)
         check_distinct(table.column_names, file)
         return table
 

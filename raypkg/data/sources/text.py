@@ -21,6 +21,7 @@ from raypkg.core.errors import UserError, unknown
 from raypkg.core.memory import check_read
 from raypkg.data.files import (
     LABELS,
+    LONGEST_CLASS,
     PREFIXES,
     Place,
     class_numbers,
@@ -210,6 +211,10 @@ class TextTable:
         first = pc.index(_missing(labels), True).as_py()
         if first >= 0:
             raise UserError(f"{self._place(first)} has no {self.missing}")
+        if pa.types.is_large_string(kind):
+            first = pc.index(pc.greater(pc.binary_length(labels), LONGEST_CLASS), True).as_py()
+            if first >= 0:
+                raise UserError(f"{self._place(first)} has a label longer than {LONGEST_CLASS:,} bytes")
         return labels.to_pylist()
 
     @cached_property
