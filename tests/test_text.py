@@ -204,6 +204,8 @@ def test_a_model_folder_without_a_tokenizer(written, load, tmp_path):
 NUMBERS = {word: number for number, word in enumerate(WORDS)}
 ENDLESS = '"normalizer": {"type": "Replace", "pattern": {"Regex": "([a-z ]+)+!"}, "content": ""}'
 
+LONGER = '{"type": "Replace", "pattern": {"String": "e"}, "content": "' + "e" * 2000 + '"}'
+GROWING = f'"normalizer": {{"type": "Sequence", "normalizers": [{LONGER}, {LONGER}]}}'
 PAIR = '"pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]'
 TEMPLATE = f'"post_processor":{{"type": "TemplateProcessing", {PAIR}, "single": [PIECES]'
 ONE = '{"Sequence": {"id": "A", "type_id": TYPE}}'
@@ -221,6 +223,7 @@ FAR = TEMPLATE.replace("PIECES", ONE.replace("TYPE", str(2**31))) + ', "special_
         ({"the": 0, "a": 1}, ("", ""), r"the tokenizer cannot encode the texts: .*Missing \[UNK\] token"),
         (NUMBERS, ('"normalizer": null', ENDLESS), r"the tokenizer cannot encode the texts: .*retry-limit"),
         (NUMBERS, (f'"where": {NUMBERS["where"]}', f'"where": {2**31 - 1}'), "the number 2147483647, the largest is"),
+        (NUMBERS, ('"normalizer": null', GROWING), "normaliser may lengthen a text 4,000,000 times"),
     ],
 )
 def test_tokenizers_of_others_are_checked(written, load, tmp_path, numbers, edit, match):

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from gloo import collectives, on_workers
-from raypkg.engine.worker import Worker
+from raypkg.data.split import Split
+from raypkg.engine.loop import fit
+from raypkg.engine.run import Run
+from raypkg.engine.worker import LARGEST_MMAP_THRESHOLD, Buffers, Worker
 
 
 def test_two_workers_reach_each_other():
@@ -41,3 +44,33 @@ def test_memory_that_a_batch_frees_stays_for_the_next_until_the_peak_is_forgotte
     assert kept["of itself"] < 16
     assert kept["after a batch"] > 112
     assert kept["forgotten"] < 16
+
+
+def test_a_large_batch_takes_the_memory_of_one_that_nothing_refers_to():
+    buffers, large = Buffers(), (LARGEST_MMAP_THRESHOLD // 8 + 1,)
+
+    def place(kept):
+        kept.append(buffers.empty(large, dtype=torch.float64, device=torch.device("cpu"))[1:])
+        return kept[-1].data_ptr()
+
+    first, second = [], []
+    of_first, of_second = place(first), place(second)
+    assert of_first != of_second
+    first.clear()
+    assert place(first) == of_first
+    second[0] = second[0].view(-1, 1)[3:]  # a view of a view still holds it
+    first.clear()
+    assert place(first) == of_first and place(first) not in (of_first, of_second)
+
+
+def test_a_training_in_reused_memory_is_the_same(monkeypatch):
+    split = Split.from_tensors(torch.arange(120.0).view(40, 3).sin(), torch.arange(40) % 2)
+    ends = []
+    for threshold in (LARGEST_MMAP_THRESHOLD, 0):
+        monkeypatch.setattr("raypkg.engine.worker.LARGEST_MMAP_THRESHOLD", threshold)
+        model = torch.nn.Linear(3, 2)
+        torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
+        run = fit(Run.simple(model, split, epochs=3, batch_size=4, precision="float64"))
+        ends.append(model.weight)
+        assert bool(run._buffers._free) == (not threshold)
+    assert torch.equal(*ends)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from pyarrow import fs
@@ -295,22 +296,36 @@ def check_parquet(
 
 
 def read_parquet(file: Place, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read columns (default: all) of a parquet file within the limit of memory; texts become large strings."""
+    """Read columns (default: all) of a parquet file whose expanded values do not exceed the limit of memory.
+
+    Texts become large strings. They are read as dictionaries first, which says their size before it is taken.
+    """
     with reading(file):
         found = pq.ParquetFile(open_input(file))
-        check_parquet(file, found.metadata, range(found.metadata.num_row_groups), columns)
-        table = found.read(columns)
+        metadata = found.metadata
+        check_parquet(file, metadata, range(metadata.num_row_groups), columns)
+        texts = [field.name for field in found.schema_arrow if _is_text(field.type)]
+        table = pq.ParquetFile(open_input(file), metadata=metadata, read_dictionary=texts).read(columns)
         table.validate(full=True)  # texts are UTF-8
         check_distinct(table.column_names, file)
-        for place, field in enumerate(table.schema):
-            column = table.column(place)
-            if pa.types.is_dictionary(field.type):
-                column = column.cast(field.type.value_type)
-            if pa.types.is_string(column.type) or pa.types.is_string_view(column.type):
-                column = column.cast(pa.large_string())
-            if column.type != field.type:
-                table = table.set_column(place, field.with_type(column.type), column)
+        size = 0
+        for place, (field, column) in enumerate(zip(table.schema, table.columns, strict=True)):
+            if not pa.types.is_dictionary(field.type):
+                continue
+            kind = field.type.value_type
+            if _is_text(kind):
+                lengths = [pc.binary_length(chunk.dictionary).take(chunk.indices) for chunk in column.chunks]
+                size += sum(pc.sum(each.cast(pa.int64())).as_py() or 0 for each in lengths)
+                check_read(f"the texts of {str(file)!r}", size)
+                kind = kind if pa.types.is_binary(kind) else pa.large_string()
+            chunks = [chunk.dictionary.cast(kind).take(chunk.indices) for chunk in column.chunks]
+            table = table.set_column(place, field.with_type(kind), pa.chunked_array(chunks, kind))
         return table
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    types = pa.types
+    return any(fits(kind) for fits in (types.is_string, types.is_large_string, types.is_string_view, types.is_binary))
 
 
 def check_distinct(columns: Sequence[str], file: Place) -> None:

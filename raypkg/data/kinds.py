@@ -5,7 +5,7 @@ out of V.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -16,6 +16,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 
 Shape = tuple[int, ...]
+Empty = Callable[..., Tensor]  # torch.empty, or another source of memory for a batch
 PADDING = -1  # follows the last token of a text that is shorter than others of its batch
 AT_ONCE = 1 << 19  # numbers converted at once on a CPU: the bytes as numbers stay in the cache
 SMALLEST = float(np.finfo(np.float32).tiny)  # smallest standard deviation whose inverse float32 can hold
@@ -32,7 +33,9 @@ class Kind(ABC):
         return torch.from_numpy(stored)
 
     @abstractmethod
-    def inputs(self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    def inputs(
+        self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, empty: Empty = torch.empty
+    ) -> Tensor:
         """Convert stored samples to the input of a model."""
 
     @abstractmethod
@@ -57,7 +60,9 @@ class _Images(Kind):
     def tensor(self, stored: np.ndarray) -> Tensor:
         return torch.from_numpy(stored).permute(0, 3, 1, 2)
 
-    def inputs(self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    def inputs(
+        self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, empty: Empty = torch.empty
+    ) -> Tensor:
         # (x/255 − mean)/std per channel
         shift, scale = _normalisation(tuple(mean), tuple(std), x.device, dtype)
         b, c, height, width = x.shape
@@ -65,7 +70,7 @@ class _Images(Kind):
         lines = x.permute(0, 2, 3, 1).reshape(b * height, width * c)
         factor = (scale / 255).repeat(width)  # [W·C]
         offset = -(shift * scale).repeat(width)
-        out = torch.empty(lines.shape, dtype=dtype, device=x.device)
+        out = empty(lines.shape, dtype=dtype, device=x.device)
         size = max(1, AT_ONCE // (width * c) if x.device.type == "cpu" else len(lines))
         for part, into in zip(lines.split(size), out.split(size), strict=True):
             torch.addcmul(offset, part.to(dtype), factor, out=into)
@@ -84,10 +89,15 @@ class _Rows(Kind):
     form = "float [b, D]"
     raw = "lists of numbers"
 
-    def inputs(self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    def inputs(
+        self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, empty: Empty = torch.empty
+    ) -> Tensor:
         # (x − mean)/std per column
         shift, scale = _normalisation(tuple(mean), tuple(std), x.device, dtype)
-        return (x - shift).mul_(scale)
+        if x.requires_grad:  # out= has no gradient
+            return (x - shift).mul_(scale)
+        out = empty(x.shape, dtype=torch.promote_types(x.dtype, dtype), device=x.device)
+        return torch.sub(x, shift, out=out).mul_(scale)
 
     def fits(self, x: Tensor, shape: Shape) -> bool:
         return x.is_floating_point() and x.shape[1:] == shape
@@ -105,7 +115,9 @@ class _Texts(Kind):
     form = "int64 [b, 2, l]"
     raw = "texts or pairs of them"
 
-    def inputs(self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    def inputs(
+        self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, empty: Empty = torch.empty
+    ) -> Tensor:
         return x
 
     def fits(self, x: Tensor, shape: Shape) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.seeds import generator
 
-from .kinds import Kind, Moments, kind_of
+from .kinds import Empty, Kind, Moments, kind_of
 
 Take = Callable[[np.ndarray], np.ndarray]  # int64 [b] → samples [b, …]
 SPARE = 16  # extra blocks to hold: threads that load ahead do not release them in strict order
@@ -183,9 +183,9 @@ class Split:
         rows = rows.astype(np.int64)  # a copy: the caller's array may be read-only, which torch does not accept
         return self.kind.tensor(self.take(rows)), self.y[torch.from_numpy(rows)]
 
-    def inputs(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def inputs(self, x: Tensor, dtype: torch.dtype = torch.float32, empty: Empty = torch.empty) -> Tensor:
         """Convert stored samples to the input of a model that computes in ``dtype``: numbers are normalised."""
-        return self.kind.inputs(x, self.mean, self.std, dtype)
+        return self.kind.inputs(x, self.mean, self.std, dtype, empty)
 
     def spread(self, count: int, blocks: int | None = None) -> Tensor:
         """Return ``count`` ascending positions spread evenly over the split, or over ``blocks`` of its blocks."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,7 @@ BEGIN = "[CLS]"
 END = "[SEP]"
 SPECIAL = ["[PAD]", BEGIN, END]
 FILES = (".json", ".txt", ".model", ".jinja")  # of tokenizers
+MOST_GROWTH = 10_000  # of a text by normalisation: rules that replace a letter by thousands multiply one another
 RARE = 2  # fewest occurrences of a piece that becomes a token
 WHAT = "the data source 'text'"
 
@@ -79,6 +82,10 @@ def pretrained_at(name: str) -> PreTrainedTokenizerFast:
         raise UserError(f"option tokenizer = {name!r}: no tokenizer is there, or one of special tokens alone")
     if (size := vocabulary_of(tokenizer)) > LARGEST:
         raise UserError(f"option tokenizer = {name!r}: a token has the number {size - 1}, the largest is {LARGEST - 1}")
+    rules = tokenizer.normalizer.__getstate__() if tokenizer.normalizer else b""
+    factors = re.findall(rb'"(?:content|prepend)":"((?:[^"\\]|\\.)+)"', rules)  # texts put in place of others
+    if (growth := prod(map(len, factors))) > MOST_GROWTH:
+        raise UserError(f"option tokenizer = {name!r}: its normaliser may lengthen a text {growth:,} times")
     return found
 
 

@@ -12,7 +12,7 @@ from raypkg.core.seeds import generator
 from raypkg.data.augment import Augmentation, compose
 from raypkg.data.coreset import Coreset
 from raypkg.data.files import fetched
-from raypkg.data.kinds import TEXTS
+from raypkg.data.kinds import TEXTS, Empty
 from raypkg.data.split import Split, shuffled_by_blocks
 
 from .costs import waiting
@@ -73,6 +73,7 @@ class Batches:
     augment: Sequence[str]
     worker: Worker
     dtype: torch.dtype = torch.float32
+    empty: Empty = torch.empty
 
     def __post_init__(self) -> None:
         smallest, world = min(self.batch_size, len(self.coreset)), self.worker.world
@@ -108,7 +109,7 @@ class Batches:
         def load(job: tuple[Tensor, Tensor]) -> Batch:
             positions, draws = job
             samples = self.coreset.part(positions)
-            return training_batch(self.split, samples, augment, draws, self.worker, self.dtype)
+            return training_batch(self.split, samples, augment, draws, self.worker, self.dtype, self.empty)
 
         return map(load, draw_jobs()) if augment.is_own else ahead(load, draw_jobs(), loaders_of(self.split))
 
@@ -132,6 +133,7 @@ def training_batch(
     draws: Tensor,
     worker: Worker,
     dtype: torch.dtype = torch.float32,
+    empty: Empty = torch.empty,
 ) -> Batch:
     """Load this worker's slice of one step's samples, augmented and normalised.
 
@@ -142,7 +144,7 @@ def training_batch(
     pixels, y = split.batch(indices)
     numbers = slice_of(draws, worker)
     augmented = augment(to_device(pixels, device), to_device(numbers, device))
-    x = split.inputs(augmented, dtype)
+    x = split.inputs(augmented, dtype, empty)
     weights = to_device(slice_of(samples.weights, worker), device)
     return Batch(x, to_device(y, device), weights.to(dtype), indices, len(samples))
 

@@ -20,7 +20,7 @@ from .batches import Batch, Batches, Epoch, dtype_of
 from .costs import Cost
 from .hooks import Hook
 from .optimizer import build_optimizer
-from .worker import Worker, share_of, whole
+from .worker import Buffers, Worker, share_of, whole
 
 
 class Seen(NamedTuple):
@@ -69,6 +69,7 @@ class Run:
         if self.settings.checkpointing:
             checkpoint_blocks(self.model)
         self.optimizer = build_optimizer(self.model, self.settings)
+        self._buffers = Buffers()
         self._bills = {self.phase: self.cost, "evaluate": Cost("evaluate")}
         self._earlier: dict[str, Cost] = {}  # bills of attempts before the last restart
 
@@ -139,7 +140,8 @@ class Run:
             )
         size, dtype = self.settings.batch_size, dtype_of(self.model)
         shuffled = Batches(
-            self.split, coreset, size, seed=self.seed, augment=self.augment, worker=self.worker, dtype=dtype
+            self.split, coreset, size,
+            seed=self.seed, augment=self.augment, worker=self.worker, dtype=dtype, empty=self._buffers.empty,
         )  # fmt: skip
         return Epoch(len(shuffled), shuffled.epoch(self.epoch))
 

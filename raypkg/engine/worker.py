@@ -1,15 +1,18 @@
 """A worker: its rank, its device, collectives with the other workers, and its memory."""
 
 import ctypes
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -138,6 +141,31 @@ def keep_freed_memory() -> None:
         adjust = ctypes.CDLL(None).mallopt
         adjust(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)  # larger blocks always go back
         adjust(M_TRIM_THRESHOLD, NEVER)
+
+
+class Buffers:
+    """Memory of large batches on a CPU, which the next batches reuse once nothing refers to it.
+
+    glibc returns blocks above 32 MiB to the OS. A new one is cleared page by page, which takes longer than filling it.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return an uninitialised tensor."""
+        size = math.prod(shape) * dtype.itemsize
+        if device.type != "cpu" or size <= LARGEST_MMAP_THRESHOLD:
+            return torch.empty(shape, dtype=dtype, device=device)
+        whole = None
+        with suppress(IndexError):  # none is free; several threads may load
+            whole = self._free.pop()
+        if whole is None or len(whole) < size:
+            whole = torch.empty(size, dtype=torch.uint8).numpy()
+        # Every view of the tensor, unlike the tensor itself, keeps the array alive that it was made from.
+        lent = whole[:size]
+        weakref.finalize(lent, self._free.append, whole)
+        return torch.from_numpy(lent).view(dtype).view(shape)
 
 
 def forget_peak_memory() -> None:

@@ -35,6 +35,17 @@ MEMORY = cases(
     variable="EFFRAY_MEMORY",
 )
 
+NUMBERS = cases(
+    "numbers that float64 rounds",
+    "data table:mine.csv",
+    {
+        "labels of more than 64 bits": (f"a,label\n1,{2**63}\n2,{2**63 + 1}\n", f"'label' … holds {2**63 + 1}, which"),
+        "features of more than 64 bits": (f"a,label\n{2**63 + 1},0\n1,1\n", f"'a' … holds {2**63 + 1}, which"),
+        "among fractions": (f"a,label\n1,0.5\n2,-{2**53 + 1}\n", f"'label' … holds -{2**53 + 1}, which"),
+    },
+    into="mine.csv",
+)
+
 SPARSE = cases(
     "sparse rows",
     "data libsvm:mine.svm",

@@ -186,13 +186,17 @@ def test_digits():
     assert first.max() == 255 and first.min() == 0
 
 
-def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", [".", "mine", "mine/below"])
+def test_a_failed_download_leaves_no_new_folder(tmp_path, monkeypatch, folder):
     def fetched(folder, **options):
+        (folder / "MNIST" / "raw").mkdir(parents=True)
         raise RuntimeError("no network")
 
+    (tmp_path / "mine").mkdir()
     monkeypatch.setattr("torchvision.datasets.MNIST", fetched)
     with pytest.raises(UserError, match=r"cannot fetch MNIST .*no network.*parquet:PATH or folder:PATH"):
-        load_data(f"mnist:{tmp_path}", cache=tmp_path / "cache")
+        load_data(f"mnist:{tmp_path / folder}", cache=tmp_path / "cache")
+    assert {path.name for path in tmp_path.rglob("*") if "cache" not in str(path.relative_to(tmp_path))} == {"mine"}
 
 
 def rows(root, *, split, width: int = 2):

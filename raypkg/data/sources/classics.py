@@ -1,6 +1,7 @@
 """Small classics that torchvision downloads."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,8 @@ def _from_torchvision(kind: str, root: str, split: str, cache: Cache) -> Split:
     def build(target: Target) -> None:
         from torchvision import datasets
 
+        raw = folder / kind / "raw"  # created by torchvision before it downloads
+        new = [path for path in (raw, *raw.parents) if not path.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             source = getattr(datasets, kind)(folder, train=split == "train", download=True)
@@ -60,6 +63,9 @@ def _from_torchvision(kind: str, root: str, split: str, cache: Cache) -> Split:
             if not pixels.size or len(y) != len(pixels) or y.max() >= len(source.classes):
                 raise ValueError(f"its files hold {len(pixels)} images and {len(y)} labels up to {y.max(initial=0)}")
         except Exception as error:  # damaged files raise anything
+            for path in new:
+                with suppress(OSError):  # it was not created, or contains files
+                    path.rmdir()
             hint = "place its files there, or use parquet:PATH or folder:PATH"
             raise UserError(f"cannot fetch {kind} into {str(folder)!r} ({error!r}): {hint}") from None
         if pixels.ndim == 3:  # grey

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from io import TextIOWrapper
 from typing import Annotated
 
@@ -27,6 +28,7 @@ LARGEST_LABEL = 2**53 - 1  # float64 rounds some larger ones, so two classes cou
 SHOWN = 40  # characters shown of an invalid label
 BLOCK = 1 << 14  # rows written to the store at once
 ROW = 256  # bytes of a row in memory, besides its entries: two objects and a label
+LINE_BYTES = 64  # that a character of a line may take while it is parsed
 
 
 @dataset("libsvm", source="doi:10.1145/1961189.1961199")
@@ -90,9 +92,12 @@ def read(file: Place) -> tuple[list[str], list[np.ndarray]]:
     rows: list[np.ndarray] = []
     size = 0  # bytes of the rows in memory
     limit = read_limit()
+    longest = limit // LINE_BYTES
     with reading(file), pa.input_stream(open_input(file), compression=PACKED.get(file.suffix)) as stream:
         lines = TextIOWrapper(stream, encoding="utf-8", newline="\n")
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(partial(lines.readline, longest + 1), ""), 1):
+            if len(line) > longest:
+                check_read(f"line {number} of {str(file)!r}, cut at {longest:,} characters", len(line) * LINE_BYTES)
             text = line.partition("#")[0]
             words = text.split()
             if not words:

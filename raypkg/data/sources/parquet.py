@@ -133,9 +133,14 @@ class ImageTable:
     def _read(self, groups: list["RowGroup"]) -> Iterator[pa.RecordBatch]:
         columns = [self._image, self._label]
         largest = max((group.size for group in groups), default=1)
-        at_once = max(1, min(READERS, READ_AHEAD // max(1, largest)))
-        for batches in fetched(lambda group: group.read(columns, at_once), groups, at_once):
-            yield from batches
+        at_once = READ_AHEAD // max(1, largest)
+        if at_once:
+            at_once = min(at_once, READERS)
+            for batches in fetched(lambda group: group.held(columns, at_once), groups, at_once):
+                yield from batches
+        else:  # a single group is too large to hold
+            for group in groups:
+                yield from group.batches(columns)
 
 
 class RowGroup(NamedTuple):
@@ -146,16 +151,20 @@ class RowGroup(NamedTuple):
     number: int
     size: int  # bytes of all columns, uncompressed
 
-    def read(self, columns: list[str], groups: int) -> list[pa.RecordBatch]:
+    def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of the group, a bounded number at a time."""
+        with reading(self.file):
+            file = pq.ParquetFile(open_input(self.file), metadata=self.metadata)
+            yield from file.iter_batches(READ_AT_ONCE, [self.number], columns)
+
+    def held(self, columns: list[str], groups: int) -> list[pa.RecordBatch]:
         """Return all rows of the group, one of some in memory; refuse repeated values that expand too far."""
         found: list[pa.RecordBatch] = []
         size = 0
-        with reading(self.file):
-            file = pq.ParquetFile(open_input(self.file), metadata=self.metadata)
-            for batch in file.iter_batches(READ_AT_ONCE, [self.number], columns):
-                found.append(batch)
-                size += batch.nbytes
-                check_read(f"row group {self.number} of {str(self.file)!r}, one of {groups} at once", groups * size)
+        for batch in self.batches(columns):
+            found.append(batch)
+            size += batch.nbytes
+            check_read(f"row group {self.number} of {str(self.file)!r}, one of {groups} at once", groups * size)
         return found
 
 

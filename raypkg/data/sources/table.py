@@ -51,6 +51,7 @@ BLOCK = 1 << 16  # rows converted at once
 BLOCK_BYTES = 64 << 20  # bytes of vectors converted at once
 LARGEST_ID = 2**63 - 1
 LABEL_KINDS = ("integer", "floating", "decimal", "boolean", "date", "string", "large_string")  # by Arrow's names
+EXACT = 2**53 - 1  # float64 rounds some larger integers
 TOO_LONG = f"is longer than {LONGEST_CLASS:,} bytes"
 NAN = {"NaN", "-NaN", "nan", "-nan"}  # refused as numbers, where Arrow would read a missing value
 CONVERT = pcsv.ConvertOptions(null_values=[text for text in pcsv.ConvertOptions().null_values if text not in NAN])
@@ -249,6 +250,15 @@ def _read_csv(file: Place) -> pa.Table:
         check_read(f"table {str(file)!r}", identity_of(file)[1])
         table = pcsv.read_csv(open_input(file), convert_options=CONVERT)
         check_distinct(table.column_names, file)
+        # Arrow reads integers as float64 if one has more than 64 bits or another value is no integer.
+        floats = [name for name in table.column_names if pa.types.is_floating(table[name].type)]
+        large = [name for name in floats if (pc.max(pc.abs(table[name])).as_py() or 0) > EXACT]
+        convert = pcsv.ConvertOptions(column_types=dict.fromkeys(large, pa.string()), include_columns=large)
+        for name in large:
+            texts = pcsv.read_csv(open_input(file), convert_options=convert)[name]
+            whole = texts.filter(pc.match_substring_regex(texts, r"^\s*[-+]?\d{16,300}\s*$")).to_pylist()
+            if rounded := [text for text in whole if int(float(text)) != int(text)]:
+                raise UserError(f"column {name!r} of {str(file)!r} holds {rounded[0]}, which float64 rounds")
         return table
 
 
