@@ -28,9 +28,9 @@ class Source:
         self.length = len(encoded)
         self.passes = 0
 
-    def batches(self):
+    def batches(self, first):
         self.passes += 1
-        for start in range(0, len(self.encoded), 4):
+        for start in range(first, len(self.encoded), 4):
             part = self.encoded[start : start + 4]
             yield part, np.zeros(len(part), np.int64)
 

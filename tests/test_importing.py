@@ -1,12 +1,15 @@
-"""Imports of streamed stores: interrupted, concurrent, damaged. All leave the same files, bit for bit."""
+"""Imports of streamed stores: interrupted, concurrent, of changing files. All leave the same files, bit for bit."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from pyarrow import fs
@@ -15,10 +18,11 @@ import samples
 from contracts.test_datasets import PREPARE
 from forked import Process
 from raypkg.core.address import opened
+from raypkg.core.errors import UserError
 from raypkg.data import load_data
 from raypkg.data.sources import classics, image_folder, libsvm, parquet, table, text
 from raypkg.data.store import images, parts
-from raypkg.data.store.parts import Stream
+from raypkg.data.store.parts import DIGEST, Stream
 from test_object_sources import same
 
 N = 120
@@ -153,14 +157,29 @@ def killed_import(source, stream, allowing, blocks):
     allowing(10**6, kill)
 
 
+def begun_at(caplog):
+    """Return the samples at which imports were resumed."""
+    said = [record.getMessage() for record in caplog.records]
+    return [int(line.split()[-1]) for line in said if line.startswith("going on with the import of")]
+
+
 @everywhere
-def test_an_import_killed_again_and_again_leaves_the_same_files(source, stream, undisturbed, allowing):
+def test_an_import_killed_again_and_again_leaves_the_same_files(source, stream, undisturbed, allowing, caplog):
     whole, files = undisturbed(source)
     assert sum(".blocks" in name and "-train-" in name for name in files) >= 3
-    for blocks in (1, 3):
-        killed_import(source, stream, allowing, blocks)
-        assert not any(name.endswith(".tmp") for name in contents(stream))
-    again = load_data(source, cache=stream).train
+    again = None
+    kills = 0
+    while again is None and kills < 60:
+        allowing(6, kill)
+        try:
+            again = load_data(source, cache=stream).train
+        except Killed:
+            kills += 1
+            assert not any(name.endswith(".tmp") for name in contents(stream))
+    assert 3 <= kills < 60
+    starts = begun_at(caplog)
+    assert len(starts) >= 2 and all(0 < start < N for start in starts)
+    assert str(stream._replace(name="")) in caplog.text
     assert contents(stream) == files
     same(whole, again)
     assert (again.ids is None) == (not source.startswith("table"))
@@ -180,6 +199,21 @@ def test_a_kill_between_the_last_part_and_the_index(local, tmp_path, undisturbed
     assert contents(local) == files
 
 
+def test_stored_parts_are_not_read_again(local, tmp_path, allowing, caplog, monkeypatch, kind):
+    source = pictures(tmp_path / "data")
+    killed_import(source, local, allowing, 7)
+    read = set()
+    batches = parquet.RowGroup.batches
+    monkeypatch.setattr(
+        parquet.RowGroup, "batches", lambda group, columns: read.add(group.file) or batches(group, columns)
+    )
+    load_data(source, cache=local)
+    (start,) = begun_at(caplog)
+    assert start % FILE and start > FILE
+    train = sorted((tmp_path / "data").glob("train*"))
+    assert sorted(file for file in read if file in train) == train[start // FILE :]
+
+
 def test_a_killed_process(local, tmp_path, undisturbed, allowing, kind):
     source = pictures(tmp_path / "data")
     _, files = undisturbed(source)
@@ -190,7 +224,7 @@ def test_a_killed_process(local, tmp_path, undisturbed, allowing, kind):
         load_data(source, cache=local)
 
     assert Process(run, tmp_path).end().code == -signal.SIGKILL
-    assert set(endings(local)) == {"blocks", "tmp"}
+    assert set(endings(local)) == {"blocks", "part", "tmp"}
     load_data(source, cache=local)
     assert contents(local) == files
 
@@ -213,14 +247,14 @@ def test_colour_after_grey(local, tmp_path, undisturbed, allowing, kind, blocks)
 def test_two_concurrent_imports(source, stream, undisturbed, monkeypatch):
     whole, files = undisturbed(source)
     in_step = threading.Barrier(2, timeout=15)
-    write = parts.write_columns
+    write = parts.write_note
 
     def together(*arguments):
         in_step.wait()
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "write_columns", together)
+        patch.setattr(parts, "write_note", together)
         with ThreadPoolExecutor(2) as pool:
             loaded = [pool.submit(load_data, source, cache=stream) for _ in range(2)]
             failed = [each.exception() for each in loaded]
@@ -251,21 +285,72 @@ def waiting(monkeypatch):
 
 
 @in_both_places
-def test_a_late_writer_disturbs_no_reader(source, stream, undisturbed, waiting):
+def test_a_late_writer_stops_and_disturbs_no_reader(source, stream, undisturbed, waiting):
     whole, files = undisturbed(source)
-    reached, event, _ = waiting
+    reached, event, written = waiting
     with ThreadPoolExecutor(1, "waiting") as pool:
         late = pool.submit(load_data, source, cache=stream)
         assert reached.wait(60)
         split = load_data(source, cache=stream).train
+        numbers = inodes(stream)
         split.batch(torch.arange(N // 2))
         event.set()
         same(whole, late.result().train)
     same(whole, split)
+    assert inodes(stream) == numbers  # a file opened on another machine stays valid
     assert contents(stream) == files
+    assert len(written) < sum(len(split.blocks.of.unique()) for split in late.result())
+
+
+def inodes(stream):
+    system, root = opened(stream.address)
+    if system.type_name != "local":
+        return None
+    return {name: os.stat(root + name).st_ino for name in contents(stream)}
 
 
 # Damage
+
+
+def change(folder):
+    with next(folder.glob("train*")).open("ab") as file:
+        file.write(b"more")
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_source_that_changes_leaves_nothing(local, tmp_path, monkeypatch, lost):
+    source = pictures(tmp_path / "data")
+    write = parts.write_note
+    notes = []
+
+    def changing(*arguments):
+        write(*arguments)
+        notes.append(arguments)
+        if len(notes) == 2:
+            change(tmp_path / "data")
+            if lost:
+                raise UserError("no such row")
+
+    monkeypatch.setattr(parts, "write_note", changing)
+    with pytest.raises(UserError, match="changed while it was imported"):
+        load_data(source, cache=local)
+    assert len(notes) >= 2 and not contents(local)
+
+
+def test_a_complete_store_stays_when_the_source_changes(local, tmp_path, waiting):
+    source = pictures(tmp_path / "data")
+    reached, event, _ = waiting
+    with ThreadPoolExecutor(1, "waiting") as pool:
+        late = pool.submit(load_data, source, cache=local)
+        assert reached.wait(60)
+        split = load_data(source, cache=local).train
+        files = contents(local)
+        change(tmp_path / "data")
+        event.set()
+        with pytest.raises(UserError, match="changed while it was imported"):
+            late.result()
+    assert contents(local) == files
+    split.batch(torch.arange(N))
 
 
 def parts_in(tmp_path, ending=".blocks"):
@@ -280,6 +365,66 @@ def test_a_part_that_is_missing(local, tmp_path, undisturbed, caplog):
     load_data(source, cache=local)
     assert re.search(r"damaged and is built again: its file 00001-\w+.blocks is missing", caplog.text)
     assert contents(local) == files
+
+
+@pytest.mark.parametrize("how", ["short", "missing", "without its note", "its note damaged"])
+def test_an_import_resumes_from_intact_parts(local, tmp_path, undisturbed, allowing, caplog, how):
+    source = pictures(tmp_path / "data")
+    _, files = undisturbed(source)
+    killed_import(source, local, allowing, 13)
+    assert len(parts_in(tmp_path)) == 3
+    second, note = parts_in(tmp_path)[1], parts_in(tmp_path, ".part")[1]
+    match how:
+        case "short":
+            second.write_bytes(second.read_bytes()[:-1])
+        case "missing":
+            second.unlink()
+        case "without its note":
+            note.unlink()
+        case _:
+            note.write_bytes(note.read_bytes()[:-20])
+    load_data(source, cache=local)
+    index = next(content for name, content in files.items() if "-train-" in name and name.endswith("index"))
+    first, *_ = json.loads(pa.ipc.open_file(index[:-DIGEST]).schema.metadata[b"parts"])
+    assert begun_at(caplog) == [sum(first["sizes"])]
+    assert contents(local) == files
+
+
+def test_an_image_of_another_size_after_stored_parts(local, tmp_path, monkeypatch, kind, caplog):
+    monkeypatch.setattr(parts, "PART_BYTES", 1)
+    source = pictures(tmp_path / "data")
+    others = [samples.encode(image) for image in samples.pixels(FILE, 8, 8)]
+    samples.write_parquet(tmp_path / "data" / "train-100.parquet", others, LABELS[100:])
+    for _ in range(2):
+        with pytest.raises(UserError, match="several sizes, such as 6×5 and 8×8"):
+            load_data(source, cache=local)
+    assert begun_at(caplog) == [96]  # the block before it was not yet written
+
+
+def test_parts_that_another_process_wrote_meanwhile_stay(local, tmp_path, undisturbed, allowing, monkeypatch, kind):
+    source = pictures(tmp_path / "data")
+    _, files = undisturbed(source)
+    killed_import(source, local, allowing, 8)
+    theirs = {name: number for name, number in inodes(local).items() if name.endswith(".blocks")}
+    monkeypatch.setattr(images, "begun_header", lambda target: None)
+    monkeypatch.setattr(parts, "_notes", lambda *arguments: [])
+    load_data(source, cache=local)
+    assert contents(local) == files
+    assert theirs and theirs.items() <= inodes(local).items()  # its readers go on
+
+
+@pytest.mark.parametrize("theirs", [1000, 3500])
+def test_parts_of_two_versions_are_not_mixed(local, tmp_path, undisturbed, allowing, monkeypatch, kind, theirs):
+    source = pictures(tmp_path / "data")
+    whole, _ = undisturbed(source)
+    other = local._replace(address=f"{tmp_path}/theirs")
+    for stream, size in ((local, 2000), (other, theirs)):
+        monkeypatch.setattr(parts, "PART_BYTES", size)
+        killed_import(source, stream, allowing, 11)
+    shutil.copytree(other.address, local.address, dirs_exist_ok=True)
+    again = load_data(source, cache=local).train
+    assert len(again) == N
+    same(whole, again)
 
 
 def test_a_damaged_index_is_built_again(local, tmp_path, monkeypatch, caplog):

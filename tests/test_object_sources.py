@@ -19,6 +19,8 @@ from raypkg.core.address import opened
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data import load_data
+from raypkg.data.files import files_below, place_of
+from raypkg.data.store.cache import cached
 from raypkg.experiments.samples import open_samples
 
 WITH_FILES = ("table", "libsvm", "text", "parquet", "folder")
@@ -174,6 +176,25 @@ def test_a_denied_bucket_is_refused_without_its_key(refusing, tmp_path):
     with pytest.raises(UserError) as told:
         load_data(f"parquet:{secret}", cache=tmp_path)
     assert "SECRET" not in str(told.value)
+
+
+@pytest.mark.parametrize("where", ["bucket", "folder"])
+def test_a_file_that_changes_while_it_is_imported(where, bucket, tmp_path, monkeypatch):
+    folder = tmp_path / "local"
+    PREPARE["parquet"](folder, monkeypatch)
+    upload(folder, bucket("data"))
+    place = place_of(bucket("data") if where == "bucket" else str(folder))
+
+    def build(path):
+        changed = folder / "train-0.parquet"
+        samples.write_parquet(changed, [samples.encode(image) for image in samples.pixels(6)], [0, 1, 2, 0, 1, 2])
+        upload(folder, bucket("data"))
+        path.write_bytes(b"what was there before, and what came after")
+
+    store = tmp_path / "cache" / "set-train.arrow"
+    with pytest.raises(UserError, match=r"-0\.parquet.* changed while it was imported"):
+        cached(store, build, files_below(place, [".parquet"]))
+    assert not store.exists()
 
 
 def test_a_disk_that_is_too_small(tmp_path, monkeypatch):

@@ -171,6 +171,19 @@ def identity_of(file: Place) -> tuple[str, int, int]:
     return str(file), info.size, info.mtime_ns
 
 
+def relisted(files: Iterable[Place]) -> list[Place]:
+    """Return the same files in their present state: each remote root is listed again, once."""
+    listings: dict[str, _Listing] = {}
+    now: list[Place] = []
+    for file in files:
+        if isinstance(file, _Remote):
+            base = file.listing.base
+            listings[base] = listings.get(base) or _Listing(base)
+            file = _Remote(listings[base], file.names)
+        now.append(file)
+    return now
+
+
 def fetched(
     load: Callable[[J], T],
     jobs: Iterable[J],

@@ -7,6 +7,7 @@ out of V.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -180,10 +181,11 @@ class Moments:
     rows_at_once = 1 << 18  # bounds the float64 copy
     pixels_at_once = 1 << 20  # bounds the 16-bit copy
 
-    def __init__(self) -> None:
-        self._n = 0
-        self._mean = np.zeros(1)  # [C] after the first block
-        self._m2 = np.zeros(1)  # sum of squared distances from the mean
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        state = state or {"n": 0, "mean": [0.0], "m2": [0.0]}
+        self._n: int = state["n"]
+        self._mean = np.array(state["mean"])  # [C] after the first block
+        self._m2 = np.array(state["m2"])  # sum of squared distances from the mean
 
     def update(self, block: np.ndarray) -> None:
         """Merge rows [m, D], or pixels uint8 [m, H, W, C] in units of 1/255."""
@@ -206,6 +208,11 @@ class Moments:
             self._m2 = self._m2 + m2 + delta**2 * (self._n * n / total)
             self._mean = self._mean + delta * (n / total)
             self._n = total
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The complete state, which survives JSON bit for bit and restores the moments."""
+        return {"n": self._n, "mean": self._mean.tolist(), "m2": self._m2.tolist()}
 
     @property
     def mean(self) -> tuple[float, ...]:

@@ -115,7 +115,7 @@ def pixel_store(folder):
 def jpeg_store(folder):
     files = photographs(64, *PHOTOGRAPH)
 
-    def batches():
+    def batches(start):
         yield files, np.arange(len(files)) % 10
 
     source = SimpleNamespace(length=len(files), classes=TEN, batches=batches, name=str)

@@ -113,10 +113,10 @@ class ImageFiles:
         """Describe the i-th image for errors."""
         return str(self.files[i])
 
-    def batches(self) -> Iterator[tuple[list[bytes], np.ndarray]]:
-        """Yield encoded images and labels, a bounded number at a time."""
-        contents = fetched(content, self.files)
-        for first in range(0, len(self.files), READ_AT_ONCE):
+    def batches(self, start: int = 0) -> Iterator[tuple[list[bytes], np.ndarray]]:
+        """Yield encoded images and labels from the image ``start`` on, a bounded number at a time."""
+        contents = fetched(content, self.files[start:])
+        for first in range(start, len(self.files), READ_AT_ONCE):
             labels = self.labels[first : first + READ_AT_ONCE]
             yield list(islice(contents, len(labels))), np.array(labels, np.int64)
 

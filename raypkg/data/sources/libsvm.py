@@ -79,7 +79,7 @@ def load(
 
         write_store(unfinished, Header("encoded", (columns or width,), classes), blocks())
 
-    store = cached(target, build)
+    store = cached(target, build, set(files.values()))
     (width,) = store.header.shape
     what = f"dense rows of {width:,} columns in {root!r}"
     check_samples(what, width * DENSE.itemsize, "number the columns that occur from 1")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from raypkg.data.files import (
     split_files,
 )
 from raypkg.data.split import Split
-from raypkg.data.store.cache import Cache, fingerprint, store_path
+from raypkg.data.store.cache import Cache, beginning_at, fingerprint, store_path
 from raypkg.data.store.images import Side, open_images
 
 from . import dataset
@@ -110,15 +111,18 @@ class ImageTable:
             i -= metadata.num_rows
         raise IndexError(i)
 
-    def batches(self) -> Iterator[tuple[list[bytes], np.ndarray]]:
-        """Yield encoded images and labels, a bounded number at a time."""
+    def batches(self, start: int = 0) -> Iterator[tuple[list[bytes], np.ndarray]]:
+        """Yield encoded images and labels from the row ``start`` on, a bounded number at a time."""
         groups = []
         for file, metadata in zip(self.files, self._metadata, strict=True):
             for number in range(metadata.num_row_groups):
                 group = metadata.row_group(number)
-                groups.append(RowGroup(file, metadata, number, group.total_byte_size))
-        start = 0
-        for batch in self._read(groups):
+                groups.append(RowGroup(file, metadata, number, group.num_rows, group.total_byte_size))
+        # Row groups before the start are not read.
+        ends = accumulate(group.rows for group in groups)
+        rest = [group for group, end in zip(groups, ends, strict=True) if end > start]
+        skipped = self.length - sum(group.rows for group in rest)
+        for batch in beginning_at(start - skipped, self._read(rest), len):
             images = batch.column(self._image)
             if pa.types.is_struct(images.type):
                 images = pc.struct_field(images, "bytes")
@@ -149,6 +153,7 @@ class RowGroup(NamedTuple):
     file: Place
     metadata: pq.FileMetaData
     number: int
+    rows: int
     size: int  # bytes of all columns, uncompressed
 
     def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:

@@ -92,7 +92,7 @@ def load(
         header = Header("rows", (len(train.columns),), train.classes, columns=train.columns, has_ids=has_ids)
         write_store(unfinished, header, table.blocks(rows, train.classes))
 
-    return cached(target, build).as_split()
+    return cached(target, build, set(files.values())).as_split()
 
 
 def features_schema(width: int, classes: Sequence[str]) -> pa.Schema:

@@ -159,7 +159,7 @@ def tokenised(
             share = f"{cut} of {len(rows)} {split} texts"
             log.warning("%s: %s are cut at %d tokens (option length)", root, share, length)
 
-    return replace(cached(target, build).as_split(_tokens), mean=(), std=())
+    return replace(cached(target, build, sources).as_split(_tokens), mean=(), std=())
 
 
 def _tokens(store: Stored, indices: np.ndarray) -> np.ndarray:

@@ -3,26 +3,33 @@
 import fcntl
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from platform import node
+from typing import TypeVar
 
 from raypkg.core.address import is_uri
 from raypkg.core.errors import UserError
 from raypkg.core.memory import check_cache_room
-from raypkg.data.files import Place, identity_of
+from raypkg.data.files import Place, identity_of, relisted
 
 from . import arrow
 from .arrow import FORMAT, Block, Header, Store, Stored
-from .parts import DAMAGE, Stream, tidy, write_streamed
+from .parts import DAMAGE, From, Stream, published, tidy, write_streamed
 from .streamed import Streamed
 
 Cache = Path | Stream | None  # location of all stores: a folder of this machine (default: the user's), or a Stream
 Target = Path | Stream  # location of one store
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 ANNOUNCED = 1 << 30  # bytes of an import that is announced
+
+
+class SourceChanged(UserError):
+    """A file changed while it was imported."""
 
 
 def cache_folder(cache: Cache = None) -> Path:
@@ -53,16 +60,18 @@ def fingerprint(files: Iterable[Place], **options: object) -> str:
     return blake2b(identity.encode(), digest_size=8).hexdigest()
 
 
-def cached(target: Target, build: Callable[[Target], None]) -> Stored:
+def cached(target: Target, build: Callable[[Target], None], files: Collection[Place] = ()) -> Stored:
     """Open a store, building it first if it is missing or damaged.
 
     One process of a machine builds a local file while the others wait. A store that is read by blocks is built by each
-    process that finds none; all write the same bytes. ``build`` writes the store to the target that it is given.
+    process that finds none, resuming from existing parts; all write the same bytes.
+
+    ``build`` writes the store to the target that it is given. The source ``files`` must be unchanged afterwards.
     """
     if store := _opened(target):  # without the lock: a finished cache may be on a read-only disk
         return store
     if isinstance(target, Stream):
-        return _built_stream(target, build)
+        return _built_stream(target, build, files)
     path = target
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +81,8 @@ def cached(target: Target, build: Callable[[Target], None]) -> Stored:
                 return store
             unfinished = path.with_suffix(".tmp")  # one name suffices: the lock is held
             try:
-                build(unfinished)
+                with _unchanged(files):
+                    build(unfinished)
                 os.replace(unfinished, path)
             finally:
                 unfinished.unlink(missing_ok=True)
@@ -96,20 +106,52 @@ def _opened(target: Target, report: bool = False) -> Stored | None:
         return None
 
 
-def _built_stream(stream: Stream, build: Callable[[Target], None]) -> Stored:
+def _built_stream(stream: Stream, build: Callable[[Target], None], files: Collection[Place]) -> Stored:
     failure: OSError | str = "its files have just been deleted"
     try:
-        build(stream)
+        with published(stream) as unfinished, _unchanged(files):
+            build(unfinished)
+    except SourceChanged:
+        tidy(stream)  # its parts may hold either state of the source
+        raise
     except OSError as error:  # perhaps only because another process has finished the store
         failure = error
     if not (store := _opened(stream)):
         raise UserError(f"cannot build the store {str(stream)!r}: {failure}")
-    tidy(stream)  # leftovers of writers that were killed or late
+    tidy(stream)  # notes, and leftovers of writers that were killed or late
     return store
 
 
-def write_store(target: Target, header: Header, blocks: Iterable[Block], size: int = 0) -> None:
-    """Write a store of ``size`` bytes, if known."""
+@contextmanager
+def _unchanged(files: Collection[Place]) -> Iterator[None]:
+    """Refuse files that change while they are read."""
+    before = [identity_of(file) for file in files]
+
+    def refusal() -> SourceChanged | None:
+        changed = (now for now, state in zip(relisted(files), before, strict=True) if identity_of(now) != state)
+        file = next(changed, None)
+        return SourceChanged(f"{str(file)!r} changed while it was imported: run the command again") if file else None
+
+    try:
+        yield
+    except Exception as error:  # may be a mere consequence of the change
+        found = None
+        with suppress(OSError, UserError):
+            found = refusal()
+        if found:
+            raise found from error
+        raise
+    if found := refusal():
+        raise found
+
+
+def write_store(target: Target, header: Header, blocks: Iterable[Block]) -> None:
+    """Write a store of samples that can only be read from their beginning."""
+    write_store_from(target, header, lambda start: beginning_at(start, blocks, lambda block: len(block.y)))
+
+
+def write_store_from(target: Target, header: Header, blocks: From, size: int = 0) -> None:
+    """Write a store of ``size`` bytes, if known; ``blocks(start)`` yields the samples from ``start`` on."""
     if isinstance(target, Stream):
         write_streamed(target, header, blocks)
         return
@@ -117,4 +159,15 @@ def write_store(target: Target, header: Header, blocks: Iterable[Block], size: i
     check_cache_room(folder, size, "this data set")
     if size >= ANNOUNCED:
         log.warning("importing %.1f GB into %s, once for this machine", size / 1e9, folder)
-    arrow.write(target, header, blocks)
+    arrow.write(target, header, blocks(0))
+
+
+def beginning_at(start: int, runs: Iterable[T], length: Callable[[T], int]) -> Iterator[T]:
+    """Skip the runs of samples before ``start``, which begins a run unless another version cut them otherwise."""
+    passed = 0
+    for run in runs:
+        if passed >= start:
+            yield run
+        passed += length(run)
+        if passed - length(run) < start < passed:
+            raise UserError("the import that was killed ended within a block, as by another version: delete its folder")

@@ -27,7 +27,8 @@ from raypkg.data.files import Place, fetched, identity_of
 from raypkg.data.split import Split, check_labels
 
 from .arrow import Block, Header, Stored
-from .cache import Target, cached, write_store
+from .cache import Target, cached, write_store_from
+from .parts import begun_header
 
 DECODED_BYTES = (2 << 30) - 1  # also Arrow's limit for one sample
 SAMPLED = 4096  # images of an encoded store that contribute to its statistics, approximately
@@ -65,8 +66,8 @@ class Examples(Protocol):
     def length(self) -> int:
         """The number of images."""
 
-    def batches(self) -> Iterator[tuple[list[bytes], np.ndarray]]:
-        """Yield images and labels, a bounded number at a time."""
+    def batches(self, start: int) -> Iterator[tuple[list[bytes], np.ndarray]]:
+        """Yield images and labels from the image ``start`` on, which must be the first of a batch."""
 
     def name(self, i: int) -> str:
         """Describe the i-th image for errors."""
@@ -79,6 +80,9 @@ class Surveyed(NamedTuple):
     images: list[bytes]
     y: np.ndarray  # [m]
     shape: Shape  # (C, H, W), C = 1 if all of these images are grey
+
+
+Survey = Callable[[int], Iterator[Surveyed]]  # from an image on
 
 
 class ColourAfterGrey(Exception):
@@ -105,10 +109,7 @@ def open_images(
         source = examples(split)
         if not source.length:
             raise UserError(f"the {split} split holds no images")
-        survey = surveyed(source, size)
-        first = next(survey)
-        shape = first.shape
-        batches = chain([first], survey)
+        shape, survey = _begin(source, size, target)
         sizes = (size for _, size, _ in map(identity_of, files[split]))
         write = partial(_write, target, source, sum(sizes))
         if split != "train":
@@ -117,29 +118,45 @@ def open_images(
             if shape[1:] != train.shape[1:]:
                 ours, theirs = (_sides(each[1:]) for each in (shape, train.shape))
                 raise UserError(f"{split} images are {ours}, train images {theirs}: {SET_SIZE}")
-            write(batches, train.shape, train.classes)
+            write(survey, train.shape, train.classes)
             return
 
-        def with_channels() -> Iterator[Surveyed]:
-            for batch in batches:
+        def with_channels(start: int) -> Iterator[Surveyed]:
+            for batch in survey(start):
                 if batch.shape[0] > shape[0]:
                     raise ColourAfterGrey
                 yield batch
 
         try:
-            write(with_channels(), shape, source.classes)
+            write(with_channels, shape, source.classes)
         except ColourAfterGrey:
-            write(surveyed(source, size), (3, *shape[1:]), source.classes)
+            write(partial(surveyed, source, size, sides=shape[1:]), (3, *shape[1:]), source.classes)
 
-    opened = cached(store(split), build)
+    opened = cached(store(split), build, files[split])
     return opened.as_split(_decoded if opened.header.kind == "encoded" else None)
 
 
-def surveyed(source: Examples, size: int) -> Iterator[Surveyed]:
-    """Read every header of a stream of images, and yield the images."""
-    start = 0
-    sides: Shape = ()  # of the first image
-    for images, y in source.batches():
+def _begin(source: Examples, size: int, target: Target) -> tuple[Shape, Survey]:
+    """Return the shape of the first images, or that of an interrupted import, and the survey of all images."""
+    if interrupted := begun_header(target):
+        return interrupted.shape, partial(surveyed, source, size, sides=interrupted.shape[1:])
+    rest = surveyed(source, size)
+    first = next(rest)
+
+    def survey(start: int) -> Iterator[Surveyed]:
+        if start:  # another process has written the first parts meanwhile
+            return surveyed(source, size, start, first.shape[1:])
+        return chain([first], rest)
+
+    return first.shape, survey
+
+
+def surveyed(source: Examples, size: int, start: int = 0, sides: Shape = ()) -> Iterator[Surveyed]:
+    """Read every header of a stream of images, and yield the images.
+
+    They start at the image ``start``, the first of a batch; ``sides`` is the height and width of those before it.
+    """
+    for images, y in source.batches(start):
         channels = 1
         for i, data in enumerate(images):
             header = read_header(data, source.name, start + i)
@@ -155,7 +172,7 @@ def surveyed(source: Examples, size: int) -> Iterator[Surveyed]:
 
 
 def _write(
-    target: Target, source: Examples, encoded: int, survey: Iterator[Surveyed], shape: Shape, classes: tuple[str, ...]
+    target: Target, source: Examples, encoded: int, survey: Survey, shape: Shape, classes: tuple[str, ...]
 ) -> None:
     """Write a store of pixels, or of ``encoded`` bytes of images."""
     pixels = math.prod(shape)  # bytes of an image
@@ -164,15 +181,17 @@ def _write(
     # One of this many images contributes to an encoded store's statistics.
     stride = 1 if is_decoded else 1 + source.length // SAMPLED
 
-    def block(batch: Surveyed) -> Block:
-        start, images, y, _ = batch
-        check_labels(y, len(classes), _shifted(source.name, start))
-        sample = decode_all(images[::stride], shape, _shifted(source.name, start, stride))
-        return Block(sample if is_decoded else images, y.astype(np.int64), sample)
+    def blocks(first: int) -> Iterator[Block]:
+        def block(batch: Surveyed) -> Block:
+            start, images, y, _ = batch
+            check_labels(y, len(classes), _shifted(source.name, start))
+            sample = decode_all(images[::stride], shape, _shifted(source.name, start, stride))
+            return Block(sample if is_decoded else images, y.astype(np.int64), sample)
 
-    blocks = fetched(block, survey, threads=1)  # the next block is decoded while one is written
+        return fetched(block, survey(first), threads=1)  # the next block is decoded while one is written
+
     header = Header("pixels" if is_decoded else "encoded", shape, classes, default_augment(shape))
-    write_store(target, header, blocks, source.length * pixels if is_decoded else encoded)
+    write_store_from(target, header, blocks, source.length * pixels if is_decoded else encoded)
 
 
 def _decoded(store: Stored, indices: np.ndarray) -> np.ndarray:

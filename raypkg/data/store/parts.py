@@ -1,17 +1,20 @@
-"""The files of a store that is read by blocks, in a folder of its own.
+"""The files of a store that is read by blocks, in a folder of its own, and their resumable import.
 
 NUMBER-DIGEST.blocks    a part: record batches of the store, each an IPC message, one after another
+NUMBER-DIGEST.part      its note: resume metadata, deleted when the store is complete
 index                   written last, makes the store valid: labels and ids, header, statistics, parts
 
-A file appears complete, under a name that identifies its contents: any other writer of that name writes the same. So
-processes that import the same source at the same time need no lock.
+A file appears complete, under a name that identifies its contents: any other writer of that name writes the same. A
+part ends where a block of the source does, and its note holds the state of the statistics. So its bytes depend on the
+source alone, whichever process writes it and however often the import is interrupted.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -25,11 +28,16 @@ from raypkg.data.kinds import Moments
 from .arrow import Block, Header, record_batches
 
 BLOCKS = ".blocks"
+NOTE = ".part"
 INDEX = "index"
 DIGEST = 16  # characters
 DAMAGE = (ValueError, KeyError, TypeError, pa.ArrowException)  # raised when a damaged file is read
 BLOCK_BYTES = 8 << 20  # the latency of a request to an object store equals the transfer of some megabytes
-PART_BYTES = 1 << 30
+PART_BYTES = 1 << 30  # bounds, with one block of the source, the work that is repeated after an interruption
+
+From = Callable[[int], Iterable[Block]]  # samples from one on, in the same blocks for every start
+
+log = logging.getLogger(__name__)
 
 
 class Stream(NamedTuple):
@@ -39,6 +47,7 @@ class Stream(NamedTuple):
     window: int  # number of blocks that training batches draw from at a time
     cache: Path  # folder of this machine, for copies of some samples
     name: str = ""  # of one store
+    index_file: str = INDEX  # another name until the store is complete
 
     def __str__(self) -> str:
         return address_of(self.address, [self.name])
@@ -69,23 +78,53 @@ class StoredPart(NamedTuple):
         return self.starts[-1]
 
 
+class Note(NamedTuple):
+    """Resume metadata of a part."""
+
+    part: StoredPart
+    before: str  # name of the previous part; "" for the first
+    header: Header  # of the store
+    columns: pa.Table  # labels and ids of its samples
+    moments: dict[str, Any]  # state of the statistics after it
+
+
 # Import
 
 
-def write_streamed(stream: Stream, header: Header, blocks: Iterable[Block]) -> None:
-    """Write a store, one block in memory at a time."""
+def write_streamed(stream: Stream, header: Header, blocks: From) -> None:
+    """Write a store, one block in memory at a time; parts of an interrupted import are kept.
+
+    Raises OSError if another process has meanwhile completed the store.
+    """
     system, folder = stream.folder()
     system.create_dir(folder)
-    moments = Moments()
-    parts: list[StoredPart] = []
-    tables: list[pa.Table] = []
-    ahead = iter(blocks)
+    sizes = sizes_in(stream)
+    was_there = INDEX in sizes  # a damaged index
+    header = Header.of(header.schema)  # as it is read back, for comparison
+    notes: list[Note] = []
+
+    def follows(note: Note) -> bool:
+        before = notes[-1].part.name if notes else ""
+        is_whole = sizes.get(note.part.file) == note.part.bytes
+        return is_whole and note.before == before and note.header == header
+
+    while following := [note for note in _notes(stream, len(notes), sizes) if follows(note)]:
+        notes.append(following[0])
+    start = sum(len(note.columns) for note in notes)
+    if notes:
+        log.warning("going on with the import of %s at sample %d", stream, start)
+    moments = Moments(notes[-1].moments if notes else None)
+    ahead = iter(blocks(start))
     for first in ahead:
-        part, columns = _write_part(stream, len(parts), header, chain([first], ahead), moments)
-        parts.append(part)
-        tables.append(columns)
-    facts = {"mean": moments.mean, "std": moments.std, "parts": [part._asdict() for part in parts]}
-    write_columns(stream, INDEX, pa.concat_tables(tables), facts)
+        if not was_there and INDEX in sizes_in(stream):
+            raise FileExistsError("another process has written it")
+        before = notes[-1].part.name if notes else ""
+        part, columns = _write_part(stream, len(notes), header, chain([first], ahead), moments)
+        notes.append(Note(part, before, header, columns, moments.state))
+        write_note(stream, notes[-1])
+    facts = {"mean": moments.mean, "std": moments.std, "parts": [note.part._asdict() for note in notes]}
+    columns = pa.concat_tables([note.columns.replace_schema_metadata(header.schema.metadata) for note in notes])
+    write_columns(stream, stream.index_file, columns, facts)
     pa.default_memory_pool().release_unused()  # buffers of the import
 
 
@@ -106,10 +145,11 @@ def _write_part(
                 return
 
     def part() -> StoredPart:
-        name = f"{number:05}-{digest_of(''.join(digests).encode())}"
+        name = _numbered(number) + digest_of("".join(digests).encode())
         return StoredPart(name, [*accumulate(lengths, initial=0)], [*map(len, columns)], digests)
 
-    with appearing(stream, lambda: part().file) as sink:
+    # A whole part of this name is kept, as other processes may be reading it.
+    with appearing(stream, lambda: None if is_whole(stream, part()) else part().file) as sink:
         for batch in record_batches(header.schema, bounded(), moments, BLOCK_BYTES):
             # A batch that exceeds a block is cut; a sample is never divided.
             pieces = -(-batch.nbytes // BLOCK_BYTES)
@@ -122,6 +162,22 @@ def _write_part(
                 lengths.append(message.size)
                 columns.append(piece.drop_columns(["x"]))
     return part(), pa.Table.from_batches(columns)
+
+
+def begun_header(target: Path | Stream) -> Header | None:
+    """Return the header of an interrupted import that can be resumed, if there is one."""
+    if isinstance(target, Path):
+        return None
+    # Of two headers, the one with fewer channels was written before a colour image was found.
+    headers = [note.header for note in _notes(target, 0, sizes_in(target))]
+    return max(headers, key=lambda header: header.shape[0], default=None)
+
+
+@contextmanager
+def published(stream: Stream) -> Iterator[Stream]:
+    """Yield a store to be written, which becomes valid at the end of the block; on an error, its parts are kept."""
+    with _named_at_end(stream, lambda: INDEX) as unfinished:
+        yield stream._replace(index_file=unfinished)
 
 
 def tidy(stream: Stream) -> None:
@@ -140,6 +196,29 @@ def tidy(stream: Stream) -> None:
                 system.delete_file(f"{folder}/{name}")
         if not used and not sizes_in(stream):
             system.delete_dir(folder)
+
+
+def _numbered(number: int) -> str:
+    return f"{number:05}-"
+
+
+def _notes(stream: Stream, number: int, names: Iterable[str]) -> list[Note]:
+    """Return the intact notes of a part number: more than one if images turned out to have colour."""
+    notes = []
+    for name in sorted(names):
+        if not name.startswith(_numbered(number)) or not name.endswith(NOTE):
+            continue
+        with suppress(*DAMAGE):
+            columns = read_columns(stream, name)
+            part, before, moments = (fact_of(columns, each) for each in ("part", "before", "moments"))
+            notes.append(Note(StoredPart(**part), before, Header.of(columns.schema), columns, moments))
+    return notes
+
+
+def write_note(stream: Stream, note: Note) -> None:
+    """Write the note of a part."""
+    facts = {"part": note.part._asdict(), "before": note.before, "moments": note.moments}
+    write_columns(stream, note.part.name + NOTE, note.columns, facts)
 
 
 # Files
@@ -195,19 +274,42 @@ def sizes_in(stream: Stream) -> dict[str, int]:
     return {entry.base_name: entry.size for entry in entries if entry.type == fs.FileType.File}
 
 
+def is_whole(stream: Stream, part: StoredPart) -> bool:
+    """Return True if the file of a part exists with every byte intact."""
+    system, folder = stream.folder()
+    try:
+        with system.open_input_file(f"{folder}/{part.file}") as file:
+            blocks = zip(pairwise(part.starts), part.digests, strict=True)
+            return file.size() == part.bytes and all(
+                digest_of(file.read_at(end - start, start)) == digest for (start, end), digest in blocks
+            )
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
-def appearing(stream: Stream, name: Callable[[], str]) -> Iterator[pa.NativeFile]:
-    """Open a file for writing that gets its name at the end of the block, and is deleted on an error.
+def appearing(stream: Stream, name: Callable[[], str | None]) -> Iterator[pa.NativeFile]:
+    """Open a file for writing that gets its name at the end of the block, and is deleted on an error or without one.
 
     Object stores need this too: after an error pyarrow still creates an object of the bytes written so far.
     """
     system, folder = stream.folder()
-    unfinished = f"{folder}/{uuid4().hex}.tmp"
+    with _named_at_end(stream, name) as unfinished, system.open_output_stream(f"{folder}/{unfinished}") as sink:
+        yield sink
+
+
+@contextmanager
+def _named_at_end(stream: Stream, name: Callable[[], str | None]) -> Iterator[str]:
+    """Yield the name, unique to this writer, under which to write a file that gets ``name()`` at the end."""
+    system, folder = stream.folder()
+    unfinished = f"{uuid4().hex}.tmp"
     try:
-        with system.open_output_stream(unfinished) as sink:
-            yield sink
-        system.move(unfinished, f"{folder}/{name()}")
+        yield unfinished
+        if (final := name()) is None:
+            system.delete_file(f"{folder}/{unfinished}")
+        else:
+            system.move(f"{folder}/{unfinished}", f"{folder}/{final}")
     except BaseException:  # Ctrl-C as well
         with suppress(OSError):
-            system.delete_file(unfinished)
+            system.delete_file(f"{folder}/{unfinished}")
         raise

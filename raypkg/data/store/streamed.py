@@ -20,7 +20,7 @@ from raypkg.data.files import READERS, fetched
 from raypkg.data.split import Blocks, Split, Take
 
 from .arrow import Gather, Header, Store, Stored, merged_batches, write_batches
-from .parts import INDEX, Stream, digest_of, fact_of, parts_of, read_columns, sizes_in
+from .parts import Stream, digest_of, fact_of, parts_of, read_columns, sizes_in
 
 COPIED_BYTES = 64 << 20  # of a copy's record batches
 OPEN = 256  # files kept open per process
@@ -44,7 +44,7 @@ class Streamed(Stored):
     def __init__(self, stream: Stream):
         self.stream = stream
         self.name = str(stream)
-        index = read_columns(stream, INDEX)
+        index = read_columns(stream, stream.index_file)
         self.header = Header.of(index.schema)
         self.mean, self.std = (tuple(fact_of(index, name)) for name in ("mean", "std"))
         self.y = torch.from_numpy(index["y"].to_numpy().copy())
