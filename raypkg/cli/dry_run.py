@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raypkg.core.config import to_toml
@@ -30,12 +29,12 @@ ALWAYS = ("config.toml", "environment.json", "metrics.parquet", "phases/", "plot
 
 
 def dry_run(
-    entry: Entry, config: Path | None, values: Mapping[str, Any], name: str | None, root: str, resume: str | None
+    entry: Entry, base: Mapping[str, Any], values: Mapping[str, Any], name: str | None, root: str, resume: str | None
 ) -> None:
     """Print the settings and the plan of a new run; refuse whatever it would refuse before its first phase."""
     if resume is not None:
         raise UserError(f"--dry-run is of a new run: what run {resume} is to do, `effray show {resume}` tells")
-    settings = resolve(settings_of(entry), config, values)
+    settings = resolve(settings_of(entry), base, values)
     check_new(root, entry.name, name, settings)
     _, samples = open_run(settings)
     stages = stages_of(entry.name, settings)

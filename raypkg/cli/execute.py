@@ -1,7 +1,6 @@
 """Running, resuming and showing experiments: settings → run folder → phases → results."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from click import Group, get_current_context
@@ -20,9 +19,9 @@ from raypkg.runs.report import Stage
 from raypkg.runs.show import show_run, show_unfinished, terminal
 
 
-def execute(entry: Entry, config: Path | None, values: Mapping[str, Any], name: str | None, root: str) -> None:
+def execute(entry: Entry, base: Mapping[str, Any], values: Mapping[str, Any], name: str | None, root: str) -> None:
     """Run an experiment in a new run folder; a mistake found before any result leaves no folder behind."""
-    settings = resolve(settings_of(entry), config, values)
+    settings = resolve(settings_of(entry), base, values)
     check_new(root, entry.name, name, settings)
     settings, samples = open_run(settings)
     settings, note = with_workers(settings, samples, stages_of(entry.name, settings))

@@ -13,6 +13,8 @@ from raypkg.experiments import experiment, export_format
 
 from .options import PLACE, TRUST, ExampleHelp, say
 
+MODEL, SUMMARY = "model.safetensors", "summary.json"  # of a finished run
+
 MOST_ROWS = 20  # predictions, or classes, printed
 PREDICT_HELP = """Predict the class of new samples with the model of a finished run.
 
@@ -38,7 +40,7 @@ def predict(run: str, source: str, out: str | None, root: str) -> None:
 
     if out is not None and not out.endswith(FORMATS):
         raise unknown("format of predictions", Path(out).suffix, FORMATS)
-    predictions = predictions_of(locate(root, run), source)
+    predictions = predictions_of(locate(root, run, having=MODEL), source)
     if out is not None:
         write_table(predictions, out)
     table = Table("input", "label", "probability")
@@ -77,7 +79,7 @@ def evaluate(run: str, dataset: str | None, pairs: tuple[str, ...], split: str, 
     if pairs and dataset is None:
         raise UserError(f"--set {pairs[0]} does nothing without --dataset: the run's own data are as in training")
     options = parsed_pairs(pairs)
-    folder = locate(root, run)
+    folder = locate(root, run, having=MODEL)
     other = None if dataset is None else Dataset(name=dataset, options=options)
     found, predictions, classes = evaluate_run(folder, other, split)
     by_class = found.by_class
@@ -125,11 +127,8 @@ def diff(run: str, other: str, root: str) -> None:
     from raypkg.runs.catalog import locate
     from raypkg.runs.document import Grid
     from raypkg.runs.show import COLUMNS, print_grid
-    from raypkg.studies.study import is_study
 
-    runs = [locate(root, name) for name in (run, other)]
-    if sweep := next((each.name for each in runs if is_study(each.storage)), None):
-        raise UserError(f"{sweep} is a sweep, and only runs are compared")
+    runs = [locate(root, name, having=SUMMARY) for name in (run, other)]
     for each in runs:
         if each.summary is None:
             raise UserError(f"{each.name} is not finished")
@@ -173,11 +172,8 @@ def export(run: str, root: str, form: str) -> None:
     from raypkg.experiments.resolve import stored_settings
     from raypkg.runs.catalog import locate
     from raypkg.runs.show import terminal
-    from raypkg.studies.study import is_study
 
-    folder = locate(root, run)
-    if is_study(folder.storage):
-        raise UserError(f"{folder.name} is a sweep, and only runs are exported: give one of its trials")
+    folder = locate(root, run, having=MODEL)
     kind = experiment[folder.storage.parent.name]
     settings = load_stored(training_settings_of(kind), stored_settings(folder))
     terminal().print(export_format[form](folder, settings))

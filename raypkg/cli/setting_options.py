@@ -10,7 +10,7 @@ from typing import Any
 import click
 from pydantic.fields import FieldInfo
 
-from raypkg.core.config import Settings, alternatives, current_name, is_list, leaves, parse_toml, part_of
+from raypkg.core.config import Settings, alternatives, current_name, is_list, leaves, parse_toml, part_of, read_toml
 from raypkg.core.errors import UserError, shown
 from raypkg.core.presets import presets_of
 from raypkg.core.registry import Entry
@@ -70,19 +70,21 @@ def experiment_command(entry: Entry) -> click.Command:
         dry: bool,
         **given: Any,
     ) -> None:
+        from raypkg.experiments.resolve import with_run
+
         from .execute import execute, resume_run
 
         values = overrides(schema, given, pairs)
         if resume is not None and not dry:
             resume_run(entry, resume, values, root, refused={"--config": config, "--name": label})
             return
-        values = schema.inherited(values, root) | values
+        base, values = with_run(schema, read_toml(config) if config else {}, values, root)
         if dry:
             from .dry_run import dry_run
 
-            dry_run(entry, config, values, label, root, resume)
+            dry_run(entry, base, values, label, root, resume)
         else:
-            execute(entry, config, values, label, root)
+            execute(entry, base, values, label, root)
 
     command = SettingsCommand(
         entry.name,

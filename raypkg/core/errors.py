@@ -71,8 +71,9 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     "unknown model 'resnt20', did you mean 'resnet20'? Allowed: mlp, resnet20"
     """
     allowed = sorted(allowed)
-    match = get_close_matches(name[:LONGEST_WORD], allowed, n=1, cutoff=0.5)
-    hint = f", did you mean {match[0]!r}?" if match else "."
+    plain = {each.lower(): each for each in allowed}
+    match = get_close_matches(name[:LONGEST_WORD].lower(), plain, n=1, cutoff=0.5)
+    hint = f", did you mean {plain[match[0]]!r}?" if match else "."
     listed = ", ".join(allowed[:MOST_NAMES]) or "none"
     if more := len(allowed[MOST_NAMES:]):
         listed += f", and {more} more"

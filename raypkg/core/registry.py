@@ -20,6 +20,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -225,7 +226,10 @@ def imported(kind: str, name: str, others: Iterable[str] = ()) -> Callable[..., 
             module = importlib.import_module(path)
         except ModuleNotFoundError as error:
             if error.name and path.startswith(error.name):
-                raise unknown(f"{kind} or module", name, others) from None
+                if get_close_matches(path, [*others]):
+                    raise unknown(f"{kind} or module", name, others) from None
+                place = f"neither {os.getcwd()} nor PYTHONPATH has a module {error.name!r}"
+                raise UserError(f"unknown {kind} or module {name!r}: {place}") from None
             needed = f"its module needs {error.name!r}, which is not installed"
             raise UserError(f"{kind} {name!r}: {needed}") from error
         except SyntaxError as error:

@@ -306,6 +306,7 @@ class RunSettings(Settings):
 
     argument: ClassVar[str] = ""  # the setting that its command takes as an argument
     plain: ClassVar[bool] = False  # whether it trains by the loop alone: as train.loss and cluster.strategy = fsdp need
+    apart: ClassVar[tuple[str, ...]] = ("dataset.digest",)  # settings not taken from the run in ``model_from``
 
     seed: int = Field(0, ge=0, description="of all randomness")
     dataset: Dataset = Dataset()
@@ -338,11 +339,6 @@ class RunSettings(Settings):
         if problem:
             raise UserError(f"cluster.strategy = fsdp {problem}")
         return self
-
-    @classmethod
-    def inherited(cls, values: Mapping[str, Any], root: str) -> dict[str, Any]:
-        """Return further settings of a new run, by dotted names, that follow from a run below a root in its values."""
-        return {}
 
     def lookups(self) -> list[Lookup]:
         """Return the names in a method's own settings that stand for entries of registries."""

@@ -99,7 +99,7 @@ def load_batches(
                 names = ", ".join(map(str, batch))
                 raise UserError(f"a batch of the data set has {names}: it needs {LABELS!r} as well")
             y = batch[labels]
-            x: Any = {name: value for name, value in batch.items() if name not in (labels, INDICES)}
+            x: Any = {name: value for name, value in batch.items() if name not in (LABELS, LABEL, INDICES)}
             if untensored := next((name for name, value in x.items() if not hasattr(value, "to")), None):
                 raise UserError(
                     f"{untensored!r} of a batch is no tensor: of a datasets.Dataset, give with_format('torch')"

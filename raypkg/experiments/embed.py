@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -36,9 +36,11 @@ class WholeDataset(Dataset):
 class EmbedSettings(RunSettings):
     """Settings of `effray embed`."""
 
+    apart: ClassVar[tuple[str, ...]] = tuple(f"dataset.{name}" for name in ("digest", "validation", "only", "augment"))
+
     dataset: WholeDataset = WholeDataset()
     model: FrozenModel = FrozenModel()
-    model_from: str = Field("", description="run whose model it is: a name under --root, or a path")
+    model_from: str = Field("", description="run whose model it is, by name or path; default of the data set")
     draws: int = Field(0, ge=0, description="augmented rows of each training sample; 0 = one, unchanged")
     rows_per_part: Count = Field(4096, description="rows that a resumed run may have to recompute")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="precision of the forward pass")

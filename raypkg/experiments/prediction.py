@@ -15,6 +15,7 @@ from torch import Tensor
 
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import Dataset
+from raypkg.data import Data
 from raypkg.data.files import files_below, place_of
 from raypkg.data.kinds import IMAGES, TEXTS, kind_of
 from raypkg.data.opening import open_data
@@ -22,7 +23,7 @@ from raypkg.data.split import Split
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
 
-from .trained import TrainedClassifier, check_same_tokens, load_model, settings_of_trained
+from .trained import TrainedClassifier, check_same_tokens, model_and_data, settings_of_trained
 
 BATCH = 256  # samples of a forward pass
 BINS = 15  # of the calibration error
@@ -30,12 +31,12 @@ CONFIDENT = 1.96  # standard deviations of a 95 % interval
 FORMATS = (".parquet", ".csv", ".jsonl")
 
 
-def trained_classifier(folder: RunFolder) -> TrainedClassifier:
-    """Return the model of a run; refuse a language model, whose outputs are no classes."""
-    model = load_model(folder.storage.root)
+def trained_classifier(folder: RunFolder) -> tuple[TrainedClassifier, Data]:
+    """Return the model and the data of a run; refuse a language model, whose outputs are no classes."""
+    model, data = model_and_data(folder)
     if not isinstance(model, TrainedClassifier):
         raise UserError(f"run {folder.name!r} trained a language model: load it with raypkg.load_model")
-    return model
+    return model, data
 
 
 # New samples
@@ -50,11 +51,11 @@ def predictions_of(folder: RunFolder, source: str) -> pa.Table:
     Raises:
         UserError: nothing to read there, unreadable files, columns of training that are missing.
     """
-    model = trained_classifier(folder)
+    model, data = trained_classifier(folder)
     options = settings_of_trained(folder).dataset.options
     names: list[Any] = []
     parts = []
-    for inputs, samples in _batches(model, source, options):
+    for inputs, samples in _batches(model, data.train, source, options):
         names += inputs
         parts.append(model.predict(samples).probabilities)
     if not parts:
@@ -89,7 +90,9 @@ def write_table(table: pa.Table, file: str) -> None:
     storage.write(name, sink.getvalue().to_pybytes())
 
 
-def _batches(model: TrainedClassifier, source: str, options: dict[str, Any]) -> Iterator[tuple[list[Any], Any]]:
+def _batches(
+    model: TrainedClassifier, train: Split, source: str, options: dict[str, Any]
+) -> Iterator[tuple[list[Any], Any]]:
     """Yield the samples of a source in batches that ``predict`` takes, with the name or row of each."""
     kind = kind_of(model.shape)
     place = place_of(source)
@@ -114,6 +117,9 @@ def _batches(model: TrainedClassifier, source: str, options: dict[str, Any]) -> 
         from raypkg.data.sources.text import new_texts
 
         texts = new_texts(place, tuple(options.get("columns", ())))
+        x, _ = train.batch(train.spread(1))
+        if texts and isinstance(texts[0], str) and (len(options.get("columns", ())) == 2 or (x[:, 1] == 1).any()):
+            raise UserError(f"{source!r} has single texts, the model takes pairs: a table with the columns of training")
         for start in range(0, len(texts), BATCH):
             yield [*range(start, min(start + BATCH, len(texts)))], texts[start : start + BATCH]
         return
@@ -202,9 +208,10 @@ def evaluate_run(folder: RunFolder, dataset: Dataset | None, split: str) -> tupl
     Raises:
         UserError: samples of another shape or tokens, or a class that the model does not know.
     """
-    model = trained_classifier(folder)
+    model, data = trained_classifier(folder)
     own = settings_of_trained(folder)
-    data = open_data(own.dataset, own.seed) if dataset is None else open_data(dataset)
+    if dataset is not None:
+        data = open_data(dataset)
     samples: Split = getattr(data, split)
     if samples.kind is not TEXTS and samples.shape != model.shape:
         shapes = f"{list(samples.shape)}, those of run {folder.name!r} {list(model.shape)}"

@@ -27,7 +27,8 @@ from raypkg.core.settings import Experiment, Model, RunSettings, Select, Target,
 from raypkg.data.sources import dataset
 from raypkg.engine import hook
 from raypkg.models import model, tokenizer_of
-from raypkg.runs.folder import CONFIG, RunFolder
+from raypkg.runs.catalog import locate
+from raypkg.runs.folder import CONFIG, MODEL, RunFolder
 from raypkg.runs.storage import Storage
 
 R = TypeVar("R", bound=RunSettings)
@@ -65,6 +66,36 @@ def resolve(
     settings = with_absolute_paths(settings)
     check_names(settings)
     return settings if shared else with_tokenizer(settings)
+
+
+def with_run(
+    schema: type[RunSettings], base: Mapping[str, Any], values: Mapping[str, Any], root: str
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Return a file's settings and the options, by dotted names, with data set and seed of the run in ``model_from``.
+
+    What file or options give has priority; from a run on another data set, they take its tokenizer and length alone. A
+    training's file has settings that a command without training lacks: it gives data set, seed, cluster and tracking.
+    """
+    if "model_from" not in schema.model_fields:
+        return base, dict(values)
+    if "train" in base:
+        base = {name: part for name, part in base.items() if name in RunSettings.model_fields}
+        base, values = {}, without(dotted(dict(base)), (*schema.apart, *values)) | dict(values)
+    given = dotted(dict(base)) | dict(values)
+    if not given.get("model_from"):
+        return base, dict(values)
+    run = locate(root, given["model_from"].partition(",")[0], having=MODEL)
+    stored = {name: part for name, part in stored_settings(run).items() if name in ("dataset", "seed")}
+    theirs = without(dotted(stored), schema.apart)
+    if name := given.get("dataset.name") or given.get("dataset"):
+        chosen = _absolute_data_set(Named(name=name)).name
+        dataset.check(chosen)
+        if chosen != theirs.get("dataset.name"):
+            texts = [f"dataset.options.{option}" for option in (TOKENIZER, LENGTH)]
+            cut_alike = _takes_tokenizer(Named(name=chosen))
+            theirs = {key: value for key, value in theirs.items() if key == "seed" or (cut_alike and key in texts)}
+        given["dataset.name"] = given.pop("dataset", name)
+    return base, without(theirs, given) | dict(values)
 
 
 def with_absolute_paths(settings: R) -> R:

@@ -84,7 +84,7 @@ class SelectSettings(Select, RunSettings):
 def run_selection(settings: SelectSettings, *, samples: Samples, report: Report) -> None:
     """Select a coreset with the last-layer gradients of another run's model, or by what its training recorded.
 
-    The data set, the seed and the held-out share must be those of that run.
+    The data set, the seed and the held-out share are those of that run.
 
     Example:
         effray train --name first --train.epochs 5 && effray select --model-from first --rule craig --fraction 0.2

@@ -143,13 +143,17 @@ def load_model(run: str | Path, root: str = ROOT) -> TrainedClassifier | Languag
     """
     from raypkg.runs.catalog import locate
 
-    folder = locate(root, str(run))
+    return model_and_data(locate(root, str(run), having=MODEL))[0]
+
+
+def model_and_data(folder: RunFolder) -> tuple[TrainedClassifier | LanguageModel, Data]:
+    """Return the trained model of a run, in evaluation mode, and its data set."""
     settings = settings_of_trained(folder)
     data = open_samples(settings).data
     model = restored_model(folder, settings, data)
-    if not isinstance(model, Classifier):
-        return model.eval()
-    return TrainedClassifier(model, data.train, settings.dataset.options.get("tokenizer", "")).eval()
+    if isinstance(model, Classifier):
+        model = TrainedClassifier(model, data.train, settings.dataset.options.get("tokenizer", ""))
+    return model.eval(), data
 
 
 def check_has_model(folder: RunFolder) -> None:

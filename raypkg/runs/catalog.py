@@ -24,6 +24,7 @@ GOING = "going"  # a process holds its lock
 STOPPED = "stopped"
 UNFINISHED = "unfinished"  # going or stopped: object stores have no locks
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"))  # seconds, from the largest on
+RECORD = "sweep.json"  # of a study
 MARKS = {CONFIG, SUMMARY, ENVIRONMENT, GROWING}  # a run has at least one of these files
 THREADS = 16  # object stores answer slowly, but many requests at once
 STATES = {
@@ -48,7 +49,7 @@ def locate(root: str, run: str, having: str | None = None) -> RunFolder:
     """Open a run of any experiment by its path, its name, or experiment/name.
 
     Of several runs of a name, it is the one that has the file ``having``; so is the one that the error for an unknown
-    name suggests.
+    name suggests. A sweep, which has no such file, is refused.
     """
     runs = Storage(root)
     candidates = [Storage(run)] if run else []
@@ -57,11 +58,13 @@ def locate(root: str, run: str, having: str | None = None) -> RunFolder:
         candidates.append(runs / run)
         kinds = [kind for kind in runs.list() if _is_run(runs / kind / run)]
         kinds = [kind for kind in kinds if _is_run(runs / kind / run, having)] or kinds
-    for storage in candidates:
-        if _is_run(storage):
-            return RunFolder(storage)
-    if kinds:
-        return RunFolder(_only([runs / kind / run for kind in kinds], run))
+    found = next(filter(_is_run, candidates), None)
+    if found is None and kinds:
+        found = _only([runs / kind / run for kind in kinds], run)
+    if found and having is not None and is_study(found):
+        raise UserError(f"{run} is a sweep, not a run: give one of its trials, which `effray show {run}` lists")
+    if found:
+        return RunFolder(found)
     everyone = [(kind, name) for kind in runs.list() for name in (runs / kind).list()]
     names = {name for kind, name in everyone if _is_run(runs / kind / name, having)}
     raise unknown(f"run in {root}", run, sorted(names))
@@ -80,6 +83,11 @@ def _is_run(storage: Storage, having: str | None = None) -> bool:
     if having is not None and having not in files:
         return False
     return bool({CONFIG, SUMMARY} & files)  # a finished run that lost its settings reports that itself
+
+
+def is_study(storage: Storage) -> bool:
+    """Return True if a folder is a study's."""
+    return RECORD in storage.list()
 
 
 # States

@@ -23,7 +23,7 @@ from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import APART
 from raypkg.experiments import experiment, training_settings_of
 from raypkg.runs.catalog import DONE as FINISHED
-from raypkg.runs.catalog import Listed, named, state_of, unreadable
+from raypkg.runs.catalog import RECORD, Listed, is_study, named, state_of, unreadable
 from raypkg.runs.folder import RunFolder, check_name, discard, read_settings, write_settings
 from raypkg.runs.storage import PART, Storage
 
@@ -31,7 +31,6 @@ from .figures import AFTER, DONE, Row, TrialRun, ranked
 from .tables import ExperimentName, MetricName, current_function, identity
 
 FOLDER = "tune"  # beside the folders of the experiments
-RECORD = "sweep.json"
 SPACE = "space.py"
 BEST = "best.toml"
 RESULTS = "results.parquet"
@@ -316,11 +315,6 @@ def find_study(root: str, name: str) -> Study:
     if name not in studies.list():
         raise unknown(f"sweep in {studies.root}", name, studies.list())
     return Study(studies / name)
-
-
-def is_study(storage: Storage) -> bool:
-    """Return True if a folder is a study's."""
-    return RECORD in storage.list()
 
 
 def study_around(run: Storage) -> Study | None:

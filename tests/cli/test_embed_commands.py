@@ -43,8 +43,8 @@ def test_other_commands_take_the_rows(effray, after, command):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--model mlp --model-from a", "give one of --model NAME and --model-from RUN"),
-        ("--model-from a --set model.options.width=3", "model.options would do nothing"),
+        ("--model mlp --model-from one", "give one of --model NAME and --model-from RUN"),
+        ("--model-from one --set model.options.width=3", "model.options would do nothing"),
         ("--model resnt8", "unknown model 'resnt8', did you mean 'resnet8'"),
         ("--model mlp --dataset.only c.parquet", "dataset.only: embed takes every sample"),
         ("--model mlp --dataset.augment crop", "dataset.augment would do nothing"),
@@ -60,7 +60,7 @@ def test_options_that_contradict_are_refused(refusal, after, options, message):
 def test_a_model_of_other_samples_is_refused(effray, refusal, after):
     after(EMBED)
     effray(f"train --name of_rows --dataset {ROWS} --model linear --train.epochs 1")
-    line = refusal(f"embed --model-from of_rows {HERE}")
+    line = refusal(f"embed --model-from of_rows --dataset digits {HERE}")
     assert "the model of run 'of_rows' takes samples of shape [100], those here have [1, 8, 8]" in line
 
 

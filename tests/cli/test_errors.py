@@ -28,7 +28,7 @@ from raypkg.studies.study import Order, create_study
         ("lipt --set dataset.options.size=8", "unknown digits option 'size'. Allowed: none"),
         ("crest --crest.tau 0 --crest.h 2", "crest.tau = 0, without a local model: crest.h = 2.0 would do nothing"),
         ("crest --crest.subset 0.01", "of 1295 samples is 13, fewer than the 128 of train.batch_size"),
-        ("select --model-from x --rule grand --memory 1", "grand caches nothing: select.memory = 1 would do nothing"),
+        ("select --rule grand --memory 1", "grand caches nothing: select.memory = 1 would do nothing"),
         ("train --select.rule ccs --select.fraction 0.5 --select.memory 1", "ccs caches nothing: select.memory = 1"),
         ("crest --train.batch_size 2000", "train.batch_size = 2000: there are only 1295 samples to choose from"),
         ("crest --selection random --crest.tau 0.2", "selection = random: crest.tau = 0.2 belongs to crest"),
@@ -48,7 +48,7 @@ from raypkg.studies.study import Order, create_study
         ("lipt --model torchvision:resnet18", "the models of torchvision take 3 channels"),
         ("lipt --dataset digits:here", "'digits' ships with the package and takes no path"),
         ("train --root nowhere://x", "cannot use 'nowhere://x' as a folder"),
-        ("data folder:nowhere", "folder 'nowhere' has no train split"),
+        ("data folder:nowhere", "folder 'nowhere' does not exist"),
         ("list lpt", "unknown experiment 'lpt', did you mean 'lipt'?"),
         ("list --root ''", "the name of a folder for runs is empty"),
         ("rm nothing --yes", "unknown run in .*/runs 'nothing'. Allowed: none"),
@@ -206,4 +206,4 @@ def test_a_run_to_compare_with_that_is_no_run_is_refused(refusal, effray, tmp_pa
     assert "several is a sweep, and only runs are compared" in refusal("show one --against several")
     assert "several is a sweep, and only runs are compared" in refusal("show several --against one")
     assert "unknown run in runs ''. Allowed: one" in refusal("show one --against=")
-    assert "several is a sweep, and only runs are exported: give one of its trials" in refusal("export several")
+    assert "several is a sweep, not a run: give one of its trials" in refusal("export several")

@@ -40,13 +40,13 @@ def load(
             or no images, or images of several sizes while ``size`` is 0.
     """
     place = place_of(root)
+    if not place.exists():
+        raise UserError(f"folder {root!r} does not exist")
     found = {
         name: next((place / each for each in spellings if (place / each).is_dir()), None)
         for name, spellings in FOLDERS.items()
     }
-    visible = (
-        {each.name for each in place.iterdir() if each.is_dir() and each.name[0] != "."} if place.is_dir() else set()
-    )
+    visible = {each.name for each in place.iterdir() if each.is_dir() and each.name[0] != "."} if place.is_dir() else ()
     astray = {each for each in visible if found["train"] or LIKE_A_SPLIT.fullmatch(each.casefold())} - {"train"}
     for name, spellings in FOLDERS.items():
         if not found[name] and (astray or not visible):  # a split spelled otherwise is not taken for a class

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raypkg.core.config import dotted
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Count, RunSettings
 from raypkg.experiments import experiment
 from raypkg.experiments.phases import outlook
 from raypkg.experiments.samples import Samples
-from raypkg.runs.folder import MODEL
 from raypkg.runs.report import Report, Stage
 
 TABLE = "audit.parquet"
@@ -34,18 +31,6 @@ class AuditSettings(RunSettings):
     )
     damping: float | None = Field(None, gt=0, description="λ of the Hessian (default: the run's weight decay)")
     listed: Count = Field(30, description="worst samples on the page")
-
-    @classmethod
-    def inherited(cls, values: Mapping[str, Any], root: str) -> dict[str, Any]:
-        """Return the data set and the seed of the run, except the digest of its samples."""
-        from raypkg.experiments.resolve import stored_settings
-        from raypkg.runs.catalog import locate
-
-        if "model_from" not in values:
-            return {}
-        theirs = stored_settings(locate(root, values["model_from"], having=MODEL))
-        shared: dict[str, Any] = {name: theirs[name] for name in ("dataset", "seed") if name in theirs}
-        return {name: value for name, value in dotted(shared).items() if name != "dataset.digest"}
 
     @model_validator(mode="after")
     def _one_run(self) -> Self:
