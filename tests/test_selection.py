@@ -118,7 +118,7 @@ def misshapen(view, budget, seed):
     [
         ("gradmach", {}, "unknown coreset rule 'gradmach', did you mean 'gradmatch'"),
         ("gradmatch", {"lamda": 1}, "unknown gradmatch option 'lamda', did you mean 'lam'"),
-        ("test_selection:short", {}, "short' must return a Coreset of 5 .*, not a Coreset of 4, largest index 3"),
+        ("test_selection:short", {}, "short' must return a Coreset of 5 .*, not Coreset of 4, largest index 3"),
         ("test_selection:failing", {}, r"test_selection\.py, line \d+, in failing: ZeroDivisionError: of mine"),
         ("test_selection:misshapen", {}, r"misshapen' takes .*: it must be \(samples, budget, \*, …\)"),
     ],

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from raypkg.experiments.samples import Samples
 
 COLUMNS = "{:<9} {:>6} {:>7} {:>7} {:>12} {:>10} {:>14}"
-ALWAYS = ("config.toml", "environment.json", "metrics.parquet", "phases/", "plots/", "summary.json")
+ALWAYS = ("config.toml", "environment.json", "metrics.parquet", "phases/", "summary.json")
 
 
 def dry_run(
@@ -49,7 +49,7 @@ def dry_run(
         say(f"# {line}")
     say(f"# folder: {place.root}{'' if name else ', NAME generated from data, model and time'}")
     files = dict.fromkeys([*ALWAYS, *(file for stage in stages for file in stage.files)])
-    say(f"# files: {' '.join(files)} and what the method adds; checkpoints/ until it is done")
+    say(f"# files: {' '.join(files)} and plots and what else the method adds; checkpoints/ until it is done")
 
 
 def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[Stage], storage: Storage) -> None:

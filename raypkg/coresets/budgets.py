@@ -92,7 +92,7 @@ def select_class(
         came = described(picked)
         if isinstance(picked, Coreset) and len(picked):
             came += f", largest index {int(picked.indices.max())}"
-        raise UserError(f"coreset rule {rule.name!r} must return a Coreset of {budget} out of {n}, not a {came}")
+        raise UserError(f"coreset rule {rule.name!r} must return a Coreset of {budget} out of {n}, not {came}")
     return Coreset(picked.indices.cpu(), picked.weights.cpu())
 
 

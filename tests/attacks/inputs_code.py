@@ -155,8 +155,8 @@ RULES = cases(
     "a coreset rule of the user's",
     "select --model-from t --fraction 0.1 --rule mine:{}",
     {
-        "indices": "'mine:indices' must return a Coreset of 13 out of 128, not a Tensor of 13",
-        "too_many": "not a Coreset of 128, largest index 127",
+        "indices": "'mine:indices' must return a Coreset of 13 out of 128, not torch.int64 [13]",
+        "too_many": "not Coreset of 128, largest index 127",
     },
     make=lambda folder, _: (folder / "mine.py").write_text(RULE),
 )

@@ -262,4 +262,5 @@ def test_a_loaded_model_scales_its_inputs_as_in_training(trained, refusal):
     summary = json.loads((RUN / "summary.json").read_text())
     assert model.std == (1.0,)
     assert float(found) == pytest.approx(summary["test_accuracy"])
-    assert "has scale unit, here it is standard" in refusal("select --model-from a --rule el2n")
+    message = refusal("select --model-from a --rule el2n --dataset.scale standard")
+    assert "has scale unit, here it is standard" in message
