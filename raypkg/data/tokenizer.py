@@ -90,7 +90,7 @@ def pretrained_at(name: str) -> PreTrainedTokenizerFast:
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> int:
-    """Return V, of which all tokens' numbers are less; some of 0 to V − 1 may name no token."""
+    """Return V: all tokens' numbers are below it; some of 0 to V − 1 may name no token."""
     return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 

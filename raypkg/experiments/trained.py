@@ -250,7 +250,7 @@ class Fit(NamedTuple):
 
 
 def fitted(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Fit:
-    """Match tensors to a model by name and shape; a head for another number of classes is drawn anew.
+    """Match tensors to a model by name and shape; a head for another number of classes is drawn at random.
 
     Refuse tensors if only a head fits, or if a shape differs elsewhere.
 

@@ -105,7 +105,7 @@ class KeptState(TrainerCallback):
         return Path(args.output_dir, f"checkpoint-{state.global_step}", f"effray-{name}-{rank}.pt")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Store the states beside the ``Trainer``'s."""
+        """Store the states with the ``Trainer``'s."""
         for name, kept in self.kept.items():
             if name == "loader":
                 kept.finish_epoch()

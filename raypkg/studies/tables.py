@@ -314,7 +314,7 @@ def narrowed(
 ) -> Table:
     """Return a table with some of its rows, always the baseline's among them, some cases and other seeds.
 
-    Rows and cases are labels or patterns such as ``crest*``, each of which must match a label; None = all.
+    Rows and cases are labels or patterns such as ``crest*``; each must match a label. None = all.
     """
     divided = {name.rpartition(" / ")[0] or table.baseline for name in table.columns.values()}
     needed = {table.baseline, *table.as_baseline, table.reference or table.baseline, *divided}

@@ -142,7 +142,7 @@ class GradientCorrection:
 
         Args:
             batches: those of the coming epoch, or of all samples; a list or a `DataLoader`, passed over twice. They are
-                on the device of the model. With `CoresetLoader`, each pass of which is an epoch, give ``list(loader)``.
+                on the device of the model. A pass of `CoresetLoader` is an epoch: give ``list(loader)``.
             samples: of all batches, if known: then rounding is that of effray's own runs.
         """
         if iter(batches) is batches:

@@ -197,7 +197,7 @@ class Periodic:
         return self._steps < self._burn_in or self._since_exact + 1 >= self._period
 
     def predicted(self, error: float, moved: float) -> None:
-        """End j0 if the error of a predicted gradient is small beside its distance from the recorded one."""
+        """End j0 if the error of a predicted gradient is small against its distance from the recorded one."""
         if error <= self._settled * moved:
             self._burn_in = 0
 
