@@ -316,7 +316,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         ({"alpha": 0.0}, "alpha = 0 with form = published would correct nothing"),
         ({"form": "linear"}, "epochs = None with form = linear"),
         ({"epochs": 3}, "epochs = 3 with form = published"),
-        ({"form": "linear", "epochs": 0}, "epochs = 0"),
     ):
         with pytest.raises(UserError, match=message) as raised:
             GradientCorrection(model, **options)
@@ -331,7 +330,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
     for state, message in (
         (GradientCorrection(nn.Linear(2, 2)).state_dict(), "is of another model"),
         ({}, "no 'copy'"),
-        (None, "no 'copy'"),
     ):
         with pytest.raises(UserError, match=message):
             agent.load_state_dict(state)
@@ -391,11 +389,9 @@ def test_what_is_no_loss_of_the_snapshot_is_refused_and_changes_no_gradient(form
     ("form", "options", "batches", "message"),
     [
         ("measured", {}, [[]], "0 batches: form = measured needs at least 1"),
-        ("published", {}, [stream(0)[:1]], "1 batches: form = published needs at least 2"),
         ("linear", {"epochs": 1}, [stream(0), stream(1)], "snapshot 2 of epochs = 1"),
         ("published", {}, [stream(0)[0]], r"a batch is a Tensor, not a pair \(x, y\)"),
         ("measured", {}, [[(x, y.float()) for x, y, _ in stream(0)]], "integer labels .*, not torch.float32"),
-        ("measured", {}, [[(x, y[:3]) for x, y, _ in stream(0)]], r"integer labels .*, not torch.int64 and lengths"),
         ("measured", {}, [[(x, y, torch.ones(3)) for x, y, _ in stream(0)]], r"weights w \[b\], not .* 3\]"),
     ],
 )
@@ -450,17 +446,3 @@ def test_a_state_is_loaded_into_its_form_only_and_not_changed():
     assert other.variance.any() and state["variance"].equal(kept["variance"])
     with pytest.raises(UserError, match="form = measured, not published"):
         GradientCorrection(model).load_state_dict(state)
-
-
-def test_a_snapshot_has_the_statistics_of_a_frozen_batch_norm():
-    model, step = (
-        nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)),
-        (torch.randn(6, 4), torch.arange(6) % 2),
-    )
-    model[1].eval()
-    agent = GradientCorrection(model, "measured")
-    model[1].running_mean.fill_(3.0)  # as a checkpoint loaded meanwhile does
-    agent.snapshot([step])
-    weighted_loss(model, step).backward()
-    for parameter, full in zip(model.parameters(), agent.full, strict=True):
-        torch.testing.assert_close(parameter.grad, full)

@@ -426,14 +426,6 @@ def test_training_sees_the_augmented_images_of_the_selection():
     torch.testing.assert_close(chosen.losses, losses, rtol=1e-4, atol=1e-5)
 
 
-def test_a_check_on_the_pool_is_free_of_sampling_noise():
-    """If the weights hardly move, the loss of the same samples does not either."""
-    still = PLAIN.model_copy(update={"lr": 1e-9})
-    of_pool, fresh = (rhos(fit(run(fast(subset=0.3, tau=0.5, checked_on=kind), still))) for kind in ("pool", "fresh"))
-    assert max(of_pool) < 1e-5
-    assert max(fresh) > 1e-2
-
-
 def test_the_gradient_of_a_regions_first_step_is_that_of_its_local_model(monkeypatch):
     settings = {"tau": 0.05, "h": 2, "subset": 0.3, "curvature": 4}
     taken = trained_with(**settings)

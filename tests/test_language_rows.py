@@ -263,10 +263,6 @@ def test_rows_of_the_wrong_form_are_refused():
         Rows(torch.ones(3, 2), torch.zeros(2).long())
 
 
-def test_random_draws_from_rows_too():
-    assert len(select(rows(9), 4, "random", seed=0)) == 4
-
-
 def test_100_000_rows_are_selected_from_in_bounded_memory(tmp_path):
     values = torch.randn(100_000, 512, generator=generator(0, "many")).half().numpy()
     np.save(tmp_path / "rows.npy", values)

@@ -128,20 +128,6 @@ def test_settings_without_a_regime_are_stored_as_before_there_were_any():
     assert chosen.dataset.noise == 0.4
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"dataset.noise": 1.0}, "dataset.noise = 1.0: input should be less than 1"),
-        ({"dataset.imbalance": 0.0}, "dataset.imbalance = 0.0: input should be greater than 0"),
-        ({"dataset.repeat": 0}, "dataset.repeat = 0: input should be greater than or equal to 1"),
-        ({"dataset.seed": 3}, "dataset.seed = 3: there is no dataset.noise or dataset.imbalance to draw"),
-    ],
-)
-def test_invalid_settings(values, message):
-    with pytest.raises(UserError, match=message):
-        load_settings(RunSettings, {}, values)
-
-
 def test_a_subset_of_a_subset_keeps_truth_and_ids():
     noisy = with_wrong_labels(split_of([0, 1] * 10), 0.5, generator(0, "noise"))
     part = subset(subset(noisy, torch.tensor([5, 6, 7])), torch.tensor([2, 0]))

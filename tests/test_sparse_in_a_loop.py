@@ -119,7 +119,6 @@ def test_a_state_is_restored_in_its_order_only():
         (nn.Linear(D, C), 0.3, training.state_dict(), r"is of another model: \S+weight is missing in one or has"),
         (model, 0.2, training.state_dict(), "SparseTraining with density = 0.3, this one has 0.2"),
         (network(), 0.3, model.state_dict(), "no state of a SparseTraining: it has no 'masks'"),
-        (network(), 0.3, None, "no state of a SparseTraining: it has no 'masks'"),
     ):
         training.detach()  # its model may be attached again
         later = attached(other, density=density)[2]
@@ -278,9 +277,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         ((other, other), good, r"optimizer is of type Classifier: give a torch\.optim\.Optimizer"),
         ((frozen, torch.optim.SGD(frozen.parameters(), 0.1)), good, "the model trains no weights of linear"),
         (fitting, {**good, "growth": "gradien"}, "did you mean 'gradient'"),
-        (fitting, {**good, "density": 1.5}, "density = 1.5"),
         (fitting, {"total_steps": 4, "update_every": 4}, "update_every = 4 is"),
-        (fitting, {**good, "total_steps": 0}, "total_steps = 0"),
         (fitting, {**good, "distribution": "dense"}, "would stay dense"),
     ):
         with pytest.raises(UserError, match=message) as raised:
@@ -369,17 +366,3 @@ def test_a_loaded_state_is_not_changed_by_training():
     training.load_state_dict(state)
     train(model, optimizer, stream()[2:3])
     assert all(value.equal(kept[name]) for name, value in state["momentum"].items())
-
-
-@pytest.mark.parametrize("labels", [0, 99])  # a class that the model lacks
-def test_a_saliency_leaves_modes_and_statistics(labels):
-    model = nn.Sequential(nn.Linear(D, 8), nn.BatchNorm1d(8), nn.Linear(8, C))
-    model[1].eval()  # frozen
-    before = model[1].running_mean.clone()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    try:
-        x, y = torch.randn(8, D), torch.arange(8) % C
-        SparseTraining(model, optimizer, 0.5, total_steps=9, update_every=4, distribution="snip", batch=(x, y + labels))
-    except IndexError:
-        assert labels
-    assert model.training and not model[1].training and model[1].running_mean.equal(before)

@@ -154,17 +154,6 @@ def test_a_stopped_trial_closes_its_files_where_it_reports():
     assert paced.stop(10) and closed
 
 
-@pytest.mark.parametrize(
-    ("error", "message"), [(ValueError("a bug"), "a bug"), (SystemExit(0), r"ended itself by SystemExit\(0\)")]
-)
-def test_a_trials_exception_is_raised_to_the_reader_of_its_rows(error, message):
-    def trial(tell):
-        raise error
-
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        Paced(trial).advance()
-
-
 def test_a_trial_finds_the_process_as_the_first_one_did(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CHANGED", "no")
@@ -375,38 +364,11 @@ def test_the_order_of_a_resumed_study_may_change(sweep, tmp_path):
     assert changed.config["cluster"]["workers"] == 2
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("config.toml", b"seed =", "config.toml' is not valid TOML: Invalid value"),
-        ("space.py", b"\xff", r"space.py is .*'utf-8' codec"),
-        ("sweep.json", None, r"holds no whole sweep: its sweep.json is missing or damaged .*, so delete"),
-        ("sweep.json", b'{"order": {"experiment": "crest"}, "trials": []}', "holds no whole sweep"),
-        ("sweep.json", b'{"order": {}, "trials": [{"settings": 3}]}', "holds no whole sweep"),
-    ],
-)
-def test_a_damaged_study_is_not_resumed(sweep, tmp_path, file, content, message):
-    sweep.storage.write("space.py", b"def space(): return {}")
-    sweep.storage.delete(file)
-    if content is not None:
-        sweep.storage.write(file, content)
-    with pytest.raises(UserError, match=message) as refused:
-        resume_sweep(experiment["crest"], {}, "s", {}, str(tmp_path))
-    assert "\n" not in str(refused.value)
-
-
 @pytest.mark.parametrize("option", ["samples", "concurrent"])
 @pytest.mark.parametrize("count", [-1, 0, 10_001, 10**40])
 def test_there_are_1_to_10000_trials(option, count):
     with pytest.raises(UserError, match=rf"--{option} {str(count)[:5]}.*: at least 1 and at most 10,000"):
         order_of("train", {option: count}, Space(text="", domains={}, metric="accuracy", mode="max"))
-
-
-def test_a_refused_resumption_changes_nothing(sweep, tmp_path):
-    before = sweep.storage.read("sweep.json")
-    with pytest.raises(UserError, match="--concurrent 0: at least 1"):
-        resume_sweep(experiment["crest"], {"concurrent": 0}, "s", {}, str(tmp_path))
-    assert sweep.storage.read("sweep.json") == before
 
 
 @pytest.mark.parametrize("more", [[], ["--resume", "s"]])

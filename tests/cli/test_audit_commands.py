@@ -141,16 +141,6 @@ def test_runs_without_held_out_samples_model_or_decay(effray, refusal):
     assert "run 'rows' has no model.safetensors: it trained no model" in refusal(f"audit embed/rows {HERE}")
 
 
-def test_an_unfinished_run_is_refused(effray, refusal, monkeypatch):
-    def stop(*arguments, **options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("raypkg.experiments.summary.finish", stop)
-        refusal("train --name a --model linear --train.epochs 1", leaves=1)
-    assert "run 'a' is not finished: it has no model yet" in refusal(f"audit a {HERE}")
-
-
 def test_a_deep_model_is_audited_by_its_last_layer_and_embedded_rows_show_what_they_are_of(effray):
     Path("texts.jsonl").write_text("".join(f'{{"text": "number {i}", "label": {i % 3}}}\n' for i in range(200)))
     effray("train --name texts --dataset text:texts.jsonl --model transformer --train.epochs 1")

@@ -362,22 +362,6 @@ def test_show_against_another_run(effray, after):
     )
 
 
-def test_the_costs_fit_80_columns_whatever_they_are(effray, after, monkeypatch):
-    after(ONE)
-    figures = summary("lipt/one")
-    for phase in figures["phases"]:
-        phase |= {"seconds": 9999.9, "total_seconds": 79999.9, "forward": 19_999_999, "backward": 19_999_999}
-        phase |= {"memory": 80 << 30, "sent": 10**10 - 1}
-    Path("runs/lipt/one/summary.json").write_text(json.dumps(figures))
-    for columns in ("80", "120"):
-        monkeypatch.setenv("COLUMNS", columns)
-        lines = effray("show one").splitlines()
-        assert max(len(line) for line in lines[:-1]) <= int(columns) and "…" not in "".join(lines)
-        phases = ["pretrain", "evaluate", "joint", "evaluate", "select", "train", "evaluate"]
-        assert [line.split()[0] for line in lines[4:11]] == phases
-        assert lines[12].split() == "all 69,999.3 559,999.3 140 M 140 M 70,000.0 81,920".split()
-
-
 def test_methods_lists_everything(effray, call):
     text = effray("methods")
     assert len(text.splitlines()) <= 50
@@ -407,21 +391,6 @@ def test_the_user_s_own_code(effray, tmp_path, monkeypatch):
     assert coreset("lipt/one").num_rows == 8 and summary("lipt/one")["samples"] == 81
     assert "[b], [/x], :smile:" in effray("data own_code:rows")  # printed as they are, not as markup
     assert "30 to 30" in effray("data own_code:rows --set samples=90")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("options", "code"), [("", 0), ("--dataset folder:nowhere", 2)])
-def test_wandb_offline(tmp_path, monkeypatch, options, code):
-    monkeypatch.chdir(tmp_path)
-    script = shutil.which("effray") or ""
-    words = shlex.split(f"train --name one --model linear --train.epochs 1 --cluster.workers 0 --track wandb {options}")
-    done = outside(script, *words, WANDB_MODE="offline", OMP_NUM_THREADS="1")
-    assert done.returncode == code
-    if code:
-        assert done.stderr.count("\n") == 1 and not list(Path("runs").glob("*/*"))
-    else:
-        (run,) = Path("runs/train/one/wandb").glob("offline-run-*")
-        assert f"wandb sync {run.absolute()}" in done.stdout
 
 
 def test_the_fast_recipe_is_a_file_of_settings(effray):

@@ -182,12 +182,6 @@ def test_invalid_requests_are_refused_in_one_line_and_change_nothing(trained, re
     assert np.array_equal(weights(), before) and len(entries()) == 1
 
 
-def test_a_bad_line_stops_a_queue_before_anything_is_done(trained, refusal):
-    Path("queue.jsonl").write_text('{"delete": [4], "id": "x"}\n{')
-    assert "line 2 of 'queue.jsonl' is not JSON" in refusal("deltagrad stream a queue.jsonl")
-    assert len(entries()) == 1
-
-
 def test_a_replay_that_diverges_changes_nothing(trained, refusal, monkeypatch):
     def diverging(*arguments, **options):
         for step in replay(*arguments, **options):
@@ -220,15 +214,6 @@ def test_a_copied_run_is_a_run_of_its_own(trained):
     assert "3 entries and 48 steps of the history are as they were written" in trained(f"deltagrad log {copy}")
 
 
-def test_the_log_shows_jumps_of_the_clock_and_ids_that_look_like_mark_up(trained, monkeypatch):
-    monkeypatch.setattr("raypkg.methods.deltagrad.journal.time.strftime", lambda form: "1970-01-01T00:00:00+0000")
-    Path("queue.jsonl").write_text('{"delete": [4], "id": "[/x] [red]"}')
-    trained("deltagrad stream a queue.jsonl")
-    text = " ".join(trained("deltagrad log a").split())
-    assert "1970-01-01 00:00" in text and "[/x] [red]" in text
-    assert [entry["number"] for entry in entries()] == [0, 1]
-
-
 def test_an_unfinished_run_names_the_command_that_resumes_it(effray, refusal, monkeypatch):
     def stop(*arguments, **options):
         raise KeyboardInterrupt
@@ -242,18 +227,6 @@ def test_an_unfinished_run_names_the_command_that_resumes_it(effray, refusal, mo
         assert f"summary.json is missing: the run is not finished, `effray deltagrad train --resume {name}`" in message
         effray(f"deltagrad train --resume {name}")
         effray(f"deltagrad delete {name} --ids 1")
-
-
-def test_opening_a_run_deletes_the_leftovers_of_killed_requests(trained):
-    trained("deltagrad delete a --ids 0,1")
-    before = sorted(RUN.rglob("*"))
-    for folder in ("versions/00002", "added"):
-        (RUN / folder).mkdir()
-    for name in ("versions/00002/history.arrow", "requests/00002.parquet", "requests/00002.parquet.17.part",
-                 "added/00002.arrow.17.part", "added/00002.arrow", "log.jsonl.17.part"):  # fmt: skip
-        (RUN / name).touch()
-    trained("deltagrad log a")
-    assert sorted(RUN.rglob("*")) == before
 
 
 def test_a_loaded_model_scales_its_inputs_as_in_training(trained, refusal):

@@ -42,7 +42,7 @@ def in_a_new_process(commands, folder, *, code, unused, then="", **environment):
 
 
 def test_help_imports_neither_torch_nor_ray(tmp_path):
-    commands = ["--help", "lipt --help", "compare --help", "compare selection --help", "--version"]
+    commands = ["--help", "lipt --help", "compare --help", "compare selection --help", "--version", "list"]
     assert not in_a_new_process(commands, tmp_path, code=0, unused=HEAVY).stderr
 
 
