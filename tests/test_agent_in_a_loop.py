@@ -431,18 +431,3 @@ def test_a_snapshot_that_failed_can_be_taken_again(failing):
         agent.snapshot(data)
     assert agents[0].c == agents[1].c != 0
     assert all(map(torch.equal, agents[0].full, agents[1].full))
-
-
-def test_a_state_is_loaded_into_its_form_only_and_not_changed():
-    model, data = network(), stream(0)
-    agent, other = (GradientCorrection(model, "measured") for _ in range(2))
-    agent.snapshot(data)
-    state = agent.state_dict()
-    kept = deepcopy(state)
-    other.load_state_dict(state)
-    for step in data[:2]:
-        weighted_loss(model, step).backward()
-        other.correct(lambda model, step=step: weighted_loss(model, step))
-    assert other.variance.any() and state["variance"].equal(kept["variance"])
-    with pytest.raises(UserError, match="form = measured, not published"):
-        GradientCorrection(model).load_state_dict(state)

@@ -1,7 +1,6 @@
 """DeltaGrad against dense algebra and against training again."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import reference
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model
 from raypkg.data import Data
-from raypkg.data.split import Split, aligned
+from raypkg.data.split import Split
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.deltagrad.answer import ShardedGradient
 from raypkg.methods.deltagrad.history import DIGESTS, RECORDS, History, HistoryWriter, Layout, check_room
@@ -19,7 +18,7 @@ from raypkg.methods.deltagrad.journal import Journal
 from raypkg.methods.deltagrad.linearised import Linearised
 from raypkg.methods.deltagrad.objective import Objective, check_derivation, to_vector
 from raypkg.methods.deltagrad.replay import BFGS, ChangedStep, Periodic, replay, retrain
-from raypkg.methods.deltagrad.run import Membership, joined, settings_digest
+from raypkg.methods.deltagrad.run import Membership, settings_digest
 from raypkg.methods.deltagrad.settings import DeltaGradSettings, ReplaySettings, RequestSettings
 from raypkg.models import build_model
 from raypkg.runs.folder import LOG
@@ -197,26 +196,6 @@ def test_added_samples_have_one_place_an_epoch_and_keep_it():
         assert all(torch.equal(a, b) for a, b in zip(places, membership.epoch(epoch), strict=True))
         old = Membership(torch.arange(N), (), 30, 0).epoch(epoch)
         assert all(torch.equal(batch[batch < N], before) for batch, before in zip(places, old, strict=True))
-
-
-def test_joined_splits_share_one_index():
-    other = rows(7, seed=3)
-    both = joined(SPLIT, aligned(other, SPLIT, "new"))
-    x, y = both.batch(torch.tensor([N + 2, 0, N + 6, 5]))
-    expected = [split.batch([i])[0] for split, i in ((other, 2), (SPLIT, 0), (other, 6), (SPLIT, 5))]
-    assert torch.equal(x, torch.cat(expected))
-    assert y.tolist() == [2, 0, 0, 2] and len(both) == N + 7
-
-
-def test_samples_of_another_width_class_or_order_of_columns_do_not_join():
-    unlike = Split.from_tensors(torch.randn(6, 2), torch.arange(6) % 3)
-    strange = Split.from_tensors(torch.randn(4, D), torch.arange(4) % 2, classes=("0", "x"))
-    with pytest.raises(UserError, match=r"new: samples of shape \(2,\), those of training have \(5,\)"):
-        aligned(unlike, SPLIT, "new")
-    with pytest.raises(UserError, match="unknown class of new 'x'"):
-        aligned(strange, SPLIT, "new")
-    with pytest.raises(UserError, match="new: columns b, a, those of training are a, b"):
-        aligned(replace(SPLIT, columns=("b", "a")), replace(SPLIT, columns=("a", "b")), "new")
 
 
 def test_models_outside_the_derivation_are_refused():

@@ -68,13 +68,6 @@ def test_a_test_split_may_lack_classes(root, load):
     assert load().test.num_classes == 3 and len(load().test) == 4
 
 
-def test_size(root, load):
-    samples.write_folder(root / "train", samples.pixels(1, 8, 8), LABELS[:1], suffix="jpeg")
-    with pytest.raises(UserError, match="several sizes, such as 8×8 and 6×5: set option size"):
-        load()
-    assert load(size=5).train.shape == (3, 5, 5)
-
-
 def without_classes(root):
     (root / "train").rename(root / "all")
     (root / "train").mkdir()
@@ -88,7 +81,6 @@ def without_classes(root):
         (without_classes, "train' holds no class folders"),
         (lambda root: (root / "train" / "fox").mkdir(), r"train/fox' holds no images \(.bmp"),
         (lambda root: (root / "test/owl").rename(root / "test/fox"), "'fox' of .*test' is not among the 3 classes of"),
-        (lambda root: (root / "train/cat/a.jpg").write_text("no image"), r"train/cat/a\.jpg does not decode"),
     ],
 )
 def test_refused_folders(root, load, change, message):

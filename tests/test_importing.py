@@ -187,18 +187,6 @@ def test_an_import_killed_again_and_again_leaves_the_same_files(source, stream, 
         assert again.ids.tolist() == [7 * i for i in range(N)]
 
 
-def test_a_kill_between_the_last_part_and_the_index(local, tmp_path, undisturbed, monkeypatch):
-    source = pictures(tmp_path / "data")
-    _, files = undisturbed(source)
-    with monkeypatch.context() as patch:
-        patch.setattr(parts, "write_columns", lambda *_: kill())
-        with pytest.raises(Killed):
-            load_data(source, cache=local)
-    assert "index" not in endings(local)
-    load_data(source, cache=local)
-    assert contents(local) == files
-
-
 def test_stored_parts_are_not_read_again(local, tmp_path, allowing, caplog, monkeypatch, kind):
     source = pictures(tmp_path / "data")
     killed_import(source, local, allowing, 7)
@@ -440,14 +428,3 @@ def test_a_damaged_index_is_built_again(local, tmp_path, monkeypatch, caplog):
         load_data(source, cache=local)
         assert index.read_bytes() == whole
         assert "is damaged and is built again: its file index is damaged" in caplog.text
-
-
-def test_a_rebuilt_store_keeps_no_damaged_part(local, tmp_path, undisturbed):
-    source = pictures(tmp_path / "data")
-    _, files = undisturbed(source)
-    load_data(source, cache=local)
-    part = parts_in(tmp_path)[1]
-    part.write_bytes(bytes(part.stat().st_size))
-    (part.parent / "index").unlink()
-    load_data(source, cache=local)
-    assert contents(local) == files

@@ -1,4 +1,4 @@
-"""CoresetLoader within the trainers of others, against the plain weighted loop."""
+"""CoresetLoader on mappings, in the form of Hugging Face's data sets."""
 
 import pytest
 import torch

@@ -122,7 +122,7 @@ def picked_twice(worker, options):
         "ccs for tokens",
     ],
 )
-@pytest.mark.parametrize("world", [2, 3])  # the third rank has no batch to compute a view of
+@pytest.mark.parametrize("world", [3])  # the third rank has no batch to compute a view of
 def test_ranks_pick_and_share_what_one_rank_has(options, world):
     (alone,) = on_workers(1, picked_twice, options)
     ranks = on_workers(world, picked_twice, options)

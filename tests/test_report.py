@@ -64,25 +64,6 @@ def test_the_bill_is_shown_and_not_stored(folder):
     assert folder.rows == [{k: v for k, v in row(epoch).items() if v is not None} for epoch in (1, 2)]
 
 
-def test_epochs_longer_than_half_a_minute_have_a_remaining_time(folder):
-    lines = said(folder, [row(epoch) for epoch in range(1, 5)], times=[900.0, 1800.0, 3000.0, 3900.0])
-    assert "0:30:00 elapsed  0:30:00 left" in lines
-    assert "0:50:00 elapsed  0:17:30 left" in lines  # the mean of the epochs so far
-
-
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_models_on_several_workers_at_once(folder, workers):
-    """Worker r trains models r, r + W, …; an epoch of each takes 10 s."""
-    rows, times = [], []
-    for start in range(0, 8, workers):
-        for epoch in range(1, 6):
-            rows += [row(epoch, model, "pretrain") for model in range(start, start + workers)]
-            times += [30.0 + 10 * (5 * start // workers + epoch)] * workers
-    lines = said(folder, rows, times=times, phase="pretrain", models=8).splitlines()
-    rate = float(lines[-3].partition(" samples/s")[0].rpartition(" ")[2])
-    assert rate == pytest.approx(10 * workers, rel=0.25)
-
-
 def test_plain_lines_give_the_model_and_its_epoch(folder):
     rows = [row(epoch, model, "pretrain") for model in range(2) for epoch in (1, 2)]
     lines = said(folder, rows, phase="pretrain", models=2).splitlines()

@@ -242,17 +242,6 @@ def test_stored_settings_are_run_again_with_another_seed_and_share_held_out(effr
         assert effray(f"train --name {name} --config runs/train/one/config.toml {option}") == (0, "")
 
 
-def test_other_samples_chosen_by_a_file_are_refused(effray):
-    options = "--model linear --train.epochs 1"
-    for name, share in (("few", 0.1), ("more", 0.3)):
-        effray(f"train --name {name} {options} --select.fraction {share}")
-    Path("only.parquet").write_bytes(Path("runs/train/few/coreset.parquet").read_bytes())
-    assert effray(f"train --name one {options} --dataset.only only.parquet") == (0, "")
-    Path("only.parquet").write_bytes(Path("runs/train/more/coreset.parquet").read_bytes())
-    code, message = effray("train --name two --config runs/train/one/config.toml")
-    assert code == 2 and "gives other samples than those the run began with" in message
-
-
 def test_a_resumed_run_refuses_other_samples_and_lost_settings(effray, monkeypatch):
     def finish(folder, summary):
         raise KeyboardInterrupt

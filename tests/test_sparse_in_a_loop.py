@@ -18,7 +18,7 @@ from raypkg.engine.batches import Batches
 from raypkg.engine.loop import fit
 from raypkg.engine.worker import Worker
 from raypkg.methods.sparse.compute import expanded
-from sparse_training import PLAIN, STEPS, C, D, N, batch, network, rng, run, sparse, split
+from sparse_training import PLAIN, STEPS, C, D, N, batch, network, run, sparse, split
 
 EPOCHS = 5
 MOMENTUM = {"lr": 0.1, "momentum": PLAIN.momentum, "nesterov": PLAIN.nesterov}
@@ -151,18 +151,6 @@ def test_a_grad_scaler_changes_nothing_and_skipped_steps_do_not_count(fused, by_
             optimizer.zero_grad()
     assert training.step == STEPS and not overflows
     assert same_masks(training, expected) and same(model, plain)
-
-
-def test_micro_batches_are_one_step():
-    whole, optimizer, expected = attached(network().double())
-    train(whole, optimizer, [(x.double(), y) for x, y in stream()])
-    model, optimizer, training = attached(network().double())
-    for x, y in stream():
-        for part in (slice(0, 8), slice(8, 16)):
-            (F.cross_entropy(model(x[part].double()), y[part]) / 2).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert same_masks(training, expected) and training.step == STEPS
 
 
 def test_a_closure_computes_the_gradients_that_are_masked():
@@ -305,23 +293,6 @@ def test_a_gradient_that_is_not_finite_is_refused_before_anything_changes(growth
     assert same(model, twin)
 
 
-def test_a_rule_that_fails_leaves_the_masks():
-    def broken(weight, *, gradient):
-        return torch.full_like(weight, torch.nan) if len(weight) < 16 else gradient.abs()
-
-    from raypkg.methods.sparse import growth
-
-    growth._entries["broken"] = growth._entry("broken", broken, "")
-    try:
-        model, optimizer, training = attached(growth="broken")
-        masks = {name: mask.clone() for name, mask in training.masks.items()}
-        with pytest.raises(UserError, match="growth rule 'broken' returned NaN"):
-            train(model, optimizer, stream())
-        assert training.step == 4 and all(mask.equal(masks[name]) for name, mask in training.masks.items())
-    finally:
-        del growth._entries["broken"]
-
-
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_copy_whose_hooks_would_be_lost_is_refused(copied):
     with pytest.raises(UserError, match="cannot be copied or pickled"):
@@ -335,15 +306,6 @@ def test_steps_beyond_the_training_keep_the_masks():
     train(model, optimizer, stream()[:10])
     assert training.step == STEPS + 10 and all(mask.equal(masks[name]) for name, mask in training.masks.items())
     assert all(not model.get_parameter(name)[~mask].any() for name, mask in masks.items())
-
-
-def test_random_growth_follows_the_seed():
-    masks = []
-    for seed in (1, 1, 2):
-        model, optimizer, training = attached(growth="random", seed=seed)
-        train(model, optimizer, stream()[:9])
-        masks.append(torch.cat([mask.flatten() for mask in training.masks.values()]))
-    assert masks[0].equal(masks[1]) and not masks[0].equal(masks[2]) and rng().initial_seed() == 0
 
 
 def test_an_optimiser_that_moves_pruned_weights_is_refused():

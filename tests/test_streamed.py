@@ -1,7 +1,6 @@
 """Samples that are read by blocks from where they lie: the same values, an order that needs few blocks, copies."""
 
 import gc
-import logging
 import pickle
 import shutil
 import weakref
@@ -270,16 +269,6 @@ def test_a_hook_cannot_choose_samples_that_were_not_copied(split):
     run.coreset = Coreset.uniform(torch.arange(5, 15))
     with pytest.raises(UserError, match="samples outside the given coreset"):
         run.batches()
-
-
-def test_a_truncated_part_is_rebuilt_with_a_warning(source, stream, caplog, tmp_path):
-    load_data(source, cache=stream)
-    for file in (tmp_path / "stores").glob("*/*.blocks"):
-        file.write_bytes(file.read_bytes()[:-9])
-    with caplog.at_level(logging.WARNING):
-        again = load_data(source, cache=stream)
-    assert "is damaged and is built again" in caplog.text
-    same(load_data(source, cache=tmp_path / "local").train, again.train)
 
 
 @pytest.mark.parametrize("place", [0, 0.5, 1])

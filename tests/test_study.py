@@ -295,14 +295,6 @@ def test_a_trial_that_ends_while_the_sweep_is_shown_has_no_results_yet(sweep, mo
     assert "best: s-002, accuracy 0.3" in capsys.readouterr().out
 
 
-def test_the_best_settings_are_named_where_they_are(sweep, capsys):
-    show_study(sweep, terminal())
-    assert f"--config {sweep.root}/crest/s-001/config.toml" in capsys.readouterr().out  # nothing is written yet
-    conclude(sweep)
-    show_study(sweep, terminal())
-    assert f"--config {sweep.root}/tune/s/best.toml" in capsys.readouterr().out
-
-
 def test_values_of_several_types_or_beyond_64_bits_make_a_column_of_texts(sweep):
     rows = [{"trial": 0, "seed": 2**70, "x": "auto"}, {"trial": 1, "seed": 1, "x": 3}]
     sweep.write_results(rows)
@@ -355,13 +347,6 @@ def test_a_study_appears_with_all_of_its_files_or_not_at_all(tmp_path, monkeypat
         sweep_of(tmp_path, [{"crest.tau": tau} for tau in TAUS])
     assert [path.name for path in (tmp_path / "tune").iterdir()] == ["s"]
     assert find_study(str(tmp_path), "s").trials == [Trial(settings={})] * 4
-
-
-def test_the_order_of_a_resumed_study_may_change(sweep, tmp_path):
-    sweep.change(load_settings(CrestSettings, sweep.config, {"cluster.workers": 2}), concurrent=3)
-    changed = find_study(str(tmp_path), "s")
-    assert changed.order == ORDER.model_copy(update={"concurrent": 3})
-    assert changed.config["cluster"]["workers"] == 2
 
 
 @pytest.mark.parametrize("option", ["samples", "concurrent"])

@@ -190,14 +190,6 @@ def test_errors_are_one_line(write, load, train, options, match, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_a_model_folder_without_a_tokenizer(written, load, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    transformers.BertConfig(vocab_size=300).save_pretrained(tmp_path / "bare")
-    written()
-    with pytest.raises(UserError, match=r"bare': no tokenizer is there, or one of special tokens alone"):
-        load(tokenizer=str(tmp_path / "bare"))
-
-
 NUMBERS = {word: number for number, word in enumerate(WORDS)}
 ENDLESS = '"normalizer": {"type": "Replace", "pattern": {"Regex": "([a-z ]+)+!"}, "content": ""}'
 
@@ -255,25 +247,6 @@ def test_marks_of_others_are_checked(edit, match):
     marked = tokenizers.Tokenizer.from_str(words.to_str().replace('"post_processor":null', edit))
     with pytest.raises(UserError, match=match):
         encode(marked, ["the"], 128)
-
-
-def test_a_class_of_the_test_texts_alone_is_refused(write, load):
-    write("train", {"text": TRAIN, "label": [NAMES[c % 2] for c in LABELS["train"]]})
-    write("test", {"text": TEST, "label": [NAMES[c] for c in LABELS["test"]]})
-    with pytest.raises(UserError, match="unknown class of the test rows 'colour'"):
-        load()
-
-
-def test_damaged_and_missing_files(tmp_path, write, load):
-    with pytest.raises(UserError, match="has no train split: no file named train"):
-        load()
-    file = write("train", {"text": TRAIN, "label": LABELS["train"]})
-    write("test", {"text": TEST, "label": LABELS["test"]})
-    file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(UserError, match="cannot be read"):
-        load()
-    with pytest.raises(UserError, match="text path '/nowhere' does not exist"):
-        load_data("text:/nowhere", cache=tmp_path)
 
 
 def trained_on(worker, folder):

@@ -42,7 +42,7 @@ def of_somebody_else(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
 
 
-NAMES_CODE = ["my_code:net", "package.module:Net", "größe:netz", "my_code:", "my_code:1", "my_code:a b", "digits:x"]
+NAMES_CODE = ["my_code:net", "package.module:Net", "größe:netz", "my_code:"]
 NAMES_NONE = ["resnet8", "torchvision:resnet18", "a b:c", "8:00"]
 
 

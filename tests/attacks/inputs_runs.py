@@ -162,7 +162,7 @@ def add(folder: Path, name: str) -> None:
     (folder / "runs" / name).touch()
 
 
-FOREIGN = ("plots/notes.txt", "plots/2024/a.png", "mine/a.parquet", "thesis.tex", "phases/a.docx", "checkpoints/b")
+FOREIGN = ("plots/2024/a.png", "thesis.tex", "checkpoints/b")
 KEPT = Cases()
 for run in ("train/t", "train/stopped", "tune/sweep"):
     names = {f"{run}/{name}": f"it holds {name!r}, which no run or sweep does" for name in FOREIGN}
@@ -188,16 +188,4 @@ REQUESTS = cases(
         "deltagrad delete t --ids 3": "run 't' has no recorded history",
         "deltagrad stream stopped queue": "run 'stopped' has no recorded history",
     },
-)
-
-QUEUES = cases(
-    "a queue",
-    "deltagrad stream dg mine.jsonl",
-    {
-        '{"id": "a"}': "line 1 … must be an object with one of delete",
-        '{"delete": [9999], "id": "a"}': "request 'a': delete: id 9999 is unknown",
-        '{"delete": [3, 3], "id": "a"}': "request 'a': delete: id 3 is given 2 times",
-        '{"restore": [3], "id": "a"}': "request 'a': restore: id 3 is in use already",
-    },
-    into="mine.jsonl",
 )

@@ -72,16 +72,6 @@ def test_a_root_that_is_a_link(folder):
     assert effray("select --model-from one --name two --cluster.workers 0", folder, quick).code == 0
 
 
-def test_files_of_others_among_the_runs(folder):
-    assert effray(f"train {SMALL} --name one", folder, quick).code == 0
-    (folder / "runs" / "notes.txt").touch()
-    (folder / "runs" / "train" / "notes.txt").touch()
-    (folder / "runs" / "train" / os.fsdecode(b"\xff")).mkdir()
-    os.mkfifo(folder / "runs" / "train" / "one" / "pipe")
-    assert effray("show one", folder).code == 0
-    assert "Allowed: one" in effray("show none", folder).line
-
-
 @pytest.mark.parametrize("what", ["runs/train/one", "runs"])
 def test_a_run_folder_that_is_deleted_while_it_runs(folder, what):
     run = start(f"train {SLOW} --name one", folder)
@@ -274,13 +264,3 @@ def test_an_order_that_is_ignored_stays_so(folder):
     when(run, "train 4/40")
     os.kill(run.pid, signal.SIGHUP)
     assert run.end().code == 0
-
-
-def test_an_order_that_is_repeated_does_not_cut_the_end_short(folder):
-    run = start(f"train {SLOW} --name one", folder)
-    when(run, "train 4/40")
-    for _ in range(50):
-        os.kill(run.pid, signal.SIGTERM)
-        time.sleep(0.001)
-    assert "resume with: effray train --resume one" in run.end().line
-    check_whole(folder / "runs")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import click
 import pytest
-from rich.cells import cell_len
 
 from raypkg.core.config import load_settings
 from raypkg.experiments.train import TrainSettings
@@ -293,17 +292,6 @@ def test_list_tells_a_sweep_whose_record_is_damaged_and_still_lists_its_trials(e
     assert names == {"s": ["bad", "sweep.json"], "s-000": ["done", "digits"], "s-001": ["done", "digits"]} | {
         "s-002": ["stopped", "digits"]
     }
-
-
-def test_columns_of_the_list_are_aligned_whatever_the_letters(call, effray):
-    for name in ("日本", "größe", "one"):
-        begun(name=name)
-    Path("runs/train/one/config.toml").write_text('model = {name = "a\\u001b[31mb"}')
-    text = effray("list")
-    heading, _, *lines = text.splitlines()
-    assert {cell_len(line.partition("stopped")[0]) for line in lines} == {heading.index("state")}
-    assert len({cell_len(line) for line in (heading, *lines)}) == 1
-    assert "\x1b" not in text  # no letter that steers a terminal
 
 
 # rm
