@@ -4,17 +4,15 @@ import gc
 import logging
 import multiprocessing
 import os
-import resource
 import time
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from raypkg.core.errors import UserError
 from raypkg.data.store import arrow
 from raypkg.data.store.arrow import Block, Header, Store, write
-from raypkg.data.store.cache import cache_folder, cached, fingerprint
+from raypkg.data.store.cache import cache_folder, cached
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 4, 3, 2), dtype=np.uint8)  # [n, H, W, C]
 ROWS = np.random.default_rng(1).normal(5, 2, (10, 3)).astype(np.float32)
@@ -59,14 +57,6 @@ def test_samples_come_back(tmp_path, kind, x):
     assert store.take(indices[:0]).shape == (0, *x.shape[1:])
 
 
-@pytest.mark.parametrize(("kind", "x"), [("pixels", PIXELS / 255), ("rows", ROWS), ("encoded", PIXELS / 255)])
-def test_statistics(tmp_path, kind, x):
-    build(tmp_path / "store", kind)
-    split = Store(tmp_path / "store").as_split(len)
-    flat = x.reshape(-1, x.shape[-1]).astype(np.float64)
-    assert split.mean == pytest.approx(flat.mean(0).tolist()) and split.std == pytest.approx(flat.std(0).tolist())
-
-
 def test_pixels_are_mapped_and_not_copied(tmp_path):
     megabyte = np.zeros((1000, 32, 32, 1), np.uint8)
     write(tmp_path / "store", Header("pixels", (1, 32, 32), ("a",)), [Block(megabyte, np.zeros(1000), megabyte)])
@@ -99,17 +89,6 @@ def test_a_store_of_another_format_is_built_again(tmp_path, monkeypatch):
     assert len(cached(path, build)) == 10
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
-    try:
-        with pytest.raises(UserError, match=r"cannot build the data cache .*a\.arrow"):
-            cached(tmp_path / "a.arrow", build)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [file.name for file in tmp_path.iterdir()] == ["a.lock"]
-
-
 def slow_build(path):
     with (path.parent / "builders").open("a") as file:
         file.write(f"{os.getpid()}\n")
@@ -130,15 +109,6 @@ def test_one_of_several_processes_builds(tmp_path):
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert len((tmp_path / "builders").read_text().split()) == 1
-
-
-def test_a_fingerprint_follows_files_and_options(tmp_path):
-    file = tmp_path / "a"
-    file.write_text("one")
-    first = fingerprint([file], size=0)
-    assert fingerprint([file], size=0) == first != fingerprint([file], size=1)
-    os.utime(file, ns=(0, 0))
-    assert fingerprint([file], size=0) != first
 
 
 def test_the_cache_folder(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from raypkg.coresets.record import Recorder
 from raypkg.data import Data
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.crest import colm
-from raypkg.methods.crest.colm import AdamMoments, LastValues, choose, quotas
+from raypkg.methods.crest.colm import AdamMoments, LastValues, choose
 from raypkg.methods.crest.hook import Crest
 from raypkg.methods.crest.quadratic import flat
 from raypkg.methods.crest.settings import CrestOptions
@@ -109,22 +109,6 @@ def test_an_error_in_a_pass_leaves_the_model_as_it_was():
     assert flat(model.parameters()).equal(before) and torch.is_grad_enabled()
     assert model(x).losses.requires_grad
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
-
-
-@pytest.mark.parametrize(
-    ("counts", "size", "kept", "large"),
-    [
-        ([2, 10, 20], 16, [2, 5, 9], [False, True, True]),  # 16/3 = 5.3; 14 · 10/30 = 4.7, 14 · 20/30 = 9.3
-        ([12, 12], 12, [6, 6], [True, True]),
-        ([1, 0, 23], 12, [1, 0, 11], [False, False, True]),  # an absent source has no share
-        ([24], 12, [12], [True]),
-        ([5, 7, 4, 8], 12, [3, 3, 2, 4], [True] * 4),
-        ([3, 3], 6, [3, 3], [True, True]),
-    ],
-)
-def test_quotas_by_hand(counts, size, kept, large):
-    budgets, is_large = quotas(torch.tensor(counts), size)
-    assert budgets.tolist() == kept and is_large.tolist() == large
 
 
 @pytest.mark.parametrize("rank_one", [True, False])

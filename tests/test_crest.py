@@ -28,7 +28,6 @@ from raypkg.methods.crest.hook import Crest
 from raypkg.methods.crest.quadratic import MovingMoments, Region, flat, gradient_of, hessian_diagonal
 from raypkg.methods.crest.selection import ActiveSamples, logit_gradients, minibatch_coreset
 from raypkg.methods.crest.settings import CrestOptions
-from raypkg.methods.sparse.hook import Masked
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
@@ -344,17 +343,6 @@ def test_every_switch_switches(change):
         assert state_of(other).region.moments.updates == per_pool * state_of(other).pool.update
     if change == {"exclude_below": 0.0}:
         assert state_of(other).samples.active.all() and not state_of(trained).samples.active.all()
-
-
-def test_it_combines_with_sparse_training_and_adamw():
-    adamw = PLAIN.model_copy(update={"optimizer": "adamw", "lr": 0.01})
-    trained = run(fast(tau=0.05, subset=0.3), adamw)
-    name, weight = next((n, p) for n, p in trained.model.named_parameters() if p.dim() > 1)
-    mask = torch.arange(weight.numel()).reshape(weight.shape) % 3 == 0
-    trained.hooks = [*trained.hooks, Masked({name: mask})]
-    fit(trained)
-    assert not weight[~mask].any() and weight[mask].any()
-    assert trained.hooks[0].record.losses.isfinite().any()
 
 
 def test_it_trains_a_transformer_on_texts_with_the_curvature_of_attention():

@@ -224,35 +224,6 @@ def recorded(folder, steps=5, dtype="float64", size=6):
     return layout, path, writer
 
 
-@pytest.mark.parametrize(("dtype", "precision"), [("float64", 0), ("float32", 1e-6)])
-def test_a_history_reads_back(tmp_path, dtype, precision):
-    layout, path, writer = recorded(tmp_path, dtype=dtype)
-    history = History(tmp_path, layout, writer.seal(path[-1]))
-    assert len(history) == 5
-    for step, record in enumerate(history):
-        assert record.rate == 0.1 * step
-        torch.testing.assert_close(record.w, path[step], rtol=precision, atol=0)
-        torch.testing.assert_close(record.gradient, -path[step], rtol=precision, atol=0)
-    torch.testing.assert_close(history.read(len(history)).w, path[-1], rtol=precision, atol=0)
-
-
-def test_an_interrupted_history_continues_after_the_checkpoint(tmp_path):
-    layout, path, writer = recorded(tmp_path / "whole")
-    whole = writer.seal(path[-1])
-    _, _, writer = recorded(tmp_path / "cut")
-    writer.flush()
-    known = writer.digests[:3]
-    writer.close()
-    with (tmp_path / "cut" / RECORDS).open("ab") as file:
-        file.write(b"half a record")
-    again = HistoryWriter(tmp_path / "cut", layout)
-    again.start(known)
-    for step in (3, 4):
-        again.append(0.1 * step, path[step], -path[step])
-    assert again.seal(path[-1]) == whole
-    assert (tmp_path / "cut" / RECORDS).read_bytes() == (tmp_path / "whole" / RECORDS).read_bytes()
-
-
 @pytest.mark.parametrize("file", [RECORDS, DIGESTS])
 def test_any_flipped_byte_is_found_and_named(tmp_path, file):
     layout, path, writer = recorded(tmp_path)

@@ -1,6 +1,5 @@
 """`effray embed`: features are those of the model, rows are the samples, and a run that died ends as if it had not."""
 
-import os
 import resource
 import signal
 from dataclasses import replace
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from forked import effray
+from forked import effray, kill_at
 from raypkg.core.seeds import generator
 from raypkg.data import load_data
 from raypkg.data.augment import compose
@@ -126,19 +125,6 @@ def test_each_draw_is_a_row_of_every_training_sample_augmented_anew_and_the_test
     for draw in range(3):
         uniforms = torch.rand(n, augment.draws, generator=generator(4, "embed", draw))
         assert_features(features[draw * n : (draw + 1) * n], model, augment(pixels, uniforms))
-
-
-def kill_at(owner, name, due):
-    """Let the process be killed at a call of a function, if that is due after all calls so far."""
-    honest, calls = getattr(owner, name), []
-
-    def call(*arguments):
-        calls.append(arguments)
-        if due(calls):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return honest(*arguments)
-
-    setattr(owner, name, call)
 
 
 def killed_after(count):

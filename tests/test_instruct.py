@@ -1,7 +1,6 @@
 """`effray instruct`: rows are those of LESS and RDS+, picks those of the rules, and a run that died can be resumed."""
 
 import json
-import os
 import signal
 
 import numpy as np
@@ -9,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from forked import effray
+from forked import effray, kill_at
 from raypkg.coresets.rows import Rows
 from raypkg.coresets.rules import coreset
 from raypkg.data import load_data
@@ -70,19 +69,6 @@ def built(folder, split, **options):
 
 def picked(run):
     return pq.read_table(run / "coreset.parquet")["index"].to_pylist()
-
-
-def kill_at(owner, name, due):
-    """Let the process be killed at a call of a function, if that is due after all calls so far."""
-    honest, calls = getattr(owner, name), []
-
-    def call(*arguments, **named):
-        calls.append(arguments)
-        if due(calls):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return honest(*arguments, **named)
-
-    setattr(owner, name, call)
 
 
 def test_rows_are_projected_gradients_at_each_checkpoint_and_picks_are_those_of_less(folder, finished, tmp_path):

@@ -1,7 +1,5 @@
 """Selection in a loop of the user's own."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,11 +19,9 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive
 from raypkg.coresets.batches import Batches
 from raypkg.coresets.budgets import class_budgets, select
-from raypkg.coresets.gradients import head_view
 from raypkg.coresets.loader import CoresetLoader
 from raypkg.coresets.record import Record, margins_of
 from raypkg.methods.crest.quadratic import flat
-from raypkg.models.classifier import as_classifier
 
 N = 120
 
@@ -125,19 +121,6 @@ def test_grand_by_full_gradients_keeps_the_largest_norms_of_its_twin(balanced):
     for loader in (pairs, mappings):
         next(iter(loader))
         assert loader.coreset.indices.equal(twin)
-
-
-def test_each_selection_is_by_the_model_of_that_epoch():
-    model = network()
-    loader = loader_of(model, "gradmatch", 0.2, every_epochs=2, epochs=4)
-    for epoch in range(4):
-        if epoch % 2 == 0:
-            view = head_view(as_classifier(copy.deepcopy(model)), [data()[:]])
-            twin = select(view, 24, "gradmatch", seed=derive(0, "selection", epoch))
-        train(loader, model, 1)
-        indices, order = twin.indices.sort()
-        assert loader.coreset.indices.equal(indices)
-        torch.testing.assert_close(loader.coreset.weights, twin.weights[order], rtol=1e-3, atol=1e-3)
 
 
 def test_a_batch_carries_its_own_samples_and_weights():

@@ -7,7 +7,6 @@ import pickle
 
 import pyarrow as pa
 import pytest
-import torch
 
 import disk
 from forked import Process
@@ -15,8 +14,6 @@ from raypkg.core.address import folder_and_name
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.runs.agreement import compare
-from raypkg.runs.catalog import find, locate
-from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.storage import Storage
 
@@ -149,27 +146,6 @@ def test_a_row_after_a_restart_replaces_the_old_one(storage):
     again.log({"phase": "train", "model": None, "epoch": 2, "loss": 1.0})
     assert [row["loss"] for row in again.rows] == [2.0, 1.0]
     assert folder.started
-
-
-def test_runs_are_created_once_and_found_by_name(tmp_path):
-    root = str(tmp_path)
-    folder = create(root, "lipt", "one", Experiment())
-    assert b"\nseed = 0\n" in folder.storage.read("config.toml")
-    assert "torch" in folder.storage.read_json("environment.json")["packages"]
-    with pytest.raises(UserError, match=r"run 'one' exists in .*: give another --name, or resume it with --resume one"):
-        create(root, "lipt", "one", Experiment())
-    assert create(root, "lipt", None, Experiment()).name.startswith("digits-resnet8-")
-    assert find(root, "lipt", "one").name == locate(root, "one").name == locate(root, f"{root}/lipt/one").name == "one"
-    with pytest.raises(UserError, match=r"unknown lipt run in .* 'onne', did you mean 'one'"):
-        find(root, "lipt", "onne")
-
-
-def test_models_travel_as_safetensors(storage):
-    state = {"w": torch.randn(3, 2).T, "n": torch.tensor(4)}
-    save_tensors(storage, "m.safetensors", state)
-    assert all(torch.equal(value, state[name]) for name, value in load_tensors(storage, "m.safetensors").items())
-    with pytest.raises(UserError, match=r"has no none.safetensors: the phase that makes it is not finished"):
-        load_tensors(storage, "none.safetensors")
 
 
 def test_compare_counts_common_picks_and_correlates_scores(tmp_path):

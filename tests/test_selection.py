@@ -7,7 +7,7 @@ import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Select
-from raypkg.coresets.budgets import budget_of, class_budgets, select, select_class
+from raypkg.coresets.budgets import class_budgets, select, select_class
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.record import Record
 from raypkg.coresets.rules import coreset
@@ -47,10 +47,6 @@ def test_class_budgets_over_every_budget():
         shares = class_budgets(counts, budget)
         assert shares.sum() == budget and (shares <= counts).all() and (shares >= 0).all()
         assert budget < 5 or shares.count_nonzero() == 5
-
-
-def test_budget_of_a_fraction():
-    assert [budget_of(f, 50) for f in (1e-9, 0.1, 0.33, 1)] == [1, 5, 16, 50]
 
 
 @pytest.mark.parametrize(

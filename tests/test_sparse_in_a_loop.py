@@ -318,13 +318,3 @@ def test_an_optimiser_that_moves_pruned_weights_is_refused():
     with pytest.raises(UserError, match="set from elsewhere"):
         train(model, optimizer, stream()[:1])
     assert training.step == 0
-
-
-def test_a_loaded_state_is_not_changed_by_training():
-    model, optimizer, training = attached(growth="momentum")
-    train(model, optimizer, stream()[:2])
-    state = training.state_dict()
-    kept = copy.deepcopy(state["momentum"])
-    training.load_state_dict(state)
-    train(model, optimizer, stream()[2:3])
-    assert all(value.equal(kept[name]) for name, value in state["momentum"].items())

@@ -166,7 +166,6 @@ def test_a_null_label_is_missing(write, load, labels, suffix):
 
 BLANK = [*TRAIN[:5], "  ", *TRAIN[6:]]
 GOOD = {"text": TRAIN, "label": LABELS["train"]}
-NAMED = [NAMES[c] for c in LABELS["train"]]
 
 
 @pytest.mark.parametrize(

@@ -178,11 +178,9 @@ def test_lipt_leaves_a_whole_run_folder(effray, rendered_pictures):
 @pytest.mark.parametrize(
     "options",
     [
-        "--pretrain.method dense --select.rule forgetting",
         "--pretrain.method initial --train.schedule multistep --train.milestones 0.3,0.6 --train.warmup 0.1",
         "--pretrain.randaugment false --select.rule forgetting",
         "--train.init merged --dataset.augment flip,crop --dataset.validation 0.2 --select.rule grand",
-        "--select.rule glister --set select.options.eta=0.1 --set select.options.rounds=3",
     ],
 )
 def test_lipt_variants(effray, options):
@@ -229,13 +227,6 @@ def test_plain_training_is_on_all_samples_and_a_finished_run_is_only_shown(effra
     assert results("train/one") == before
 
 
-def test_train_on_a_fraction(effray):
-    text = effray("train --name [red] --model linear --train.epochs 1 --select.fraction 0.25")
-    assert "train [red]: linear on digits" in text  # as it is, and not as markup
-    assert "trained on 324 of 1,295 samples (25.0%)" in text
-    assert "324 samples backward, 25.0 % of full training (1,295)" in text
-
-
 @pytest.mark.parametrize(
     ("options", "backward", "forward"),
     [
@@ -266,13 +257,6 @@ def test_crest_spends_its_budget_and_keeps_its_books(effray):
     assert sum(trained["steps"].to_pylist()) == steps * 64
     assert coreset("crest/one").num_rows == sum(count > 0 for count in trained["steps"].to_pylist())
     assert {"regions.png", "curves.png"} <= {*os.listdir("runs/crest/one/plots")}
-
-
-def test_a_selection_once_an_epoch_back_propagates_the_budget(effray):
-    effray("crest --model linear --train.epochs 10 --budget 0.2 --name one --selection gradmatch")
-    phases = {phase["phase"]: phase for phase in summary("crest/one")["phases"]}
-    assert phases["train"]["backward"] == 10 * 259
-    assert summary("crest/one")["full_training_backward"] == 10 * 1295
 
 
 def test_every_selection_spends_a_budget_of_steps_to_the_step(effray):

@@ -203,17 +203,6 @@ def test_a_locked_run_is_refused(trained, refusal, command):
     assert len(entries()) == 1
 
 
-def test_a_copied_run_is_a_run_of_its_own(trained):
-    copy = "elsewhere/a"
-    trained("deltagrad delete a --ids 0,1")
-    shutil.copytree(RUN, copy)
-    for run in ("a", copy):
-        trained(f"deltagrad add {run} --ids 1")
-    for file in ("model.safetensors", "versions/00002/history.arrow", "summary.json"):
-        assert (Path(copy) / file).read_bytes() == (RUN / file).read_bytes()
-    assert "3 entries and 48 steps of the history are as they were written" in trained(f"deltagrad log {copy}")
-
-
 def test_an_unfinished_run_names_the_command_that_resumes_it(effray, refusal, monkeypatch):
     def stop(*arguments, **options):
         raise KeyboardInterrupt

@@ -214,13 +214,6 @@ def test_a_coreset_of_rows_says_which_samples_they_stand_for(effray, recorded):
     assert sorted(deleted()[0]) == sorted(picked["id"].to_pylist())
 
 
-def test_rows_that_change_their_ids_after_the_training_are_refused(refusal, recorded):
-    table = rows_of("one")
-    others = pa.array(table["id"].to_pylist()[::-1])
-    pq.write_table(table.set_column(0, table.schema.field("id"), others), "runs/embed/one/train.parquet")
-    assert "is not what it was in the recorded training" in refusal("deltagrad delete a --ids 3")
-
-
 def test_of_one_file_all_draws_of_a_sample_are_in_one_split(effray, after):
     after(DRAWN)
     data = load_data("table:runs/embed/drawn/train.parquet", cache=Path("cache"))

@@ -3,10 +3,8 @@
 import importlib
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import pytest
-from pydantic import Field
 
 import raypkg
 from raypkg.core.errors import UserError
@@ -135,14 +133,3 @@ def test_user_code_by_module_and_function(package, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             kind[name]
-
-
-def test_ranges_come_from_the_signature():
-    registry = Registry("kind", "json")
-
-    @registry("f")
-    def f(*, share: Annotated[float, Field(gt=0, le=1)] = 0.5):
-        return share
-
-    with pytest.raises(UserError, match="f option share = 2: input should be less than or equal to 1"):
-        registry["f"].options({"share": 2})

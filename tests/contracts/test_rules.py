@@ -111,13 +111,6 @@ def test_a_lower_score_is_a_weight_nearer_to_zero_on_its_side(name, seed):
         assert (ordered[1:] >= ordered[:-1]).all()
 
 
-@registered("redistribution")
-def test_a_share_is_from_zero(name):
-    assert called("redistribution", name, layer()) >= 0
-    one_weight = torch.tensor([0.5])
-    assert redistribution[name](one_weight, momentum=torch.zeros(1)) >= 0
-
-
 # First masks
 
 

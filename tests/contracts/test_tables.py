@@ -115,7 +115,6 @@ def test_one_in_the_working_folder_wins(tmp_path, monkeypatch):
     assert open_table("crest").title == "mine"
 
 
-NO_RECORD = "input should be a valid dictionary"
 FIELDS = {
     "nope=3": "unknown setting 'nope'",
     "title='two\\nlines'": r"title = 'two\\nlines': a line of at most 200 printable",
