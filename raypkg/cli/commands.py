@@ -1,5 +1,8 @@
 """All commands. Heavy imports, pydantic among them, stay inside: the list of commands needs none."""
 
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -8,7 +11,7 @@ from raypkg.core.errors import UserError, unknown
 from raypkg.experiments import experiment
 
 from .models import diff, evaluate, export, predict
-from .options import PLACE, ExampleHelp
+from .options import PLACE, ExampleHelp, say
 from .runs import list_runs, remove_runs
 from .studies import compare_tables, report_page, tune
 
@@ -166,3 +169,38 @@ def data(name: str, pairs: tuple[str, ...]) -> None:
     from .setting_options import parsed_pairs
 
     terminal().print(describe(name, load_data(name, parsed_pairs(pairs))))
+
+
+@effray.command(cls=ExampleHelp)
+@click.argument("folder", default="effray-tutorial")
+def tutorial(folder: str) -> None:
+    """Copy a notebook and small data that lead from one's own images to a verdict, in ten minutes.
+
+    FOLDER must not exist (default: effray-tutorial). Most cells are commands, which a terminal runs as well.
+
+    Example:
+        effray tutorial && cd effray-tutorial && jupyter lab tutorial.ipynb
+    """
+    from PIL import Image
+
+    from raypkg.data import load_data
+
+    if (place := Path(folder)).exists():
+        raise UserError(f"{place} exists: give a new folder")
+    data = load_data("digits")
+    x, y = data.train.batch(range(len(data.train)))
+    images = {f"digits/{c}/{i:04}.png": each for i, (each, c) in enumerate(zip(x, y.tolist(), strict=True))}
+    x, y = data.test.batch(range(len(data.test)))
+    images |= {f"new/{c}.png": x[y.tolist().index(c)] for c in range(data.test.num_classes)}  # none is in digits/
+    try:
+        with TemporaryDirectory(dir=place.parent) as temporary:  # renamed when it is complete
+            new = Path(temporary, place.name)
+            for file, pixels in images.items():
+                new.joinpath(file).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels[0].numpy()).save(new / file)
+            for source in Path(__file__).with_name("tutorial").glob("*.*"):
+                shutil.copyfile(source, new / source.name)
+            new.rename(place)
+    except OSError as error:
+        raise UserError(f"cannot write {place}: {error.strerror}") from error
+    say(f"{place}: open tutorial.ipynb there, as by `cd {place} && jupyter lab tutorial.ipynb`")
