@@ -76,6 +76,7 @@ def test_a_failing_cell_is_noticed():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # only Jupyter reads the picture
 def test_every_cell_runs(folder):
     names = {"__name__": "__main__"}

@@ -131,7 +131,7 @@ def methods(name: str | None) -> None:
 
     kinds = {registry.kind: registry for registry in (experiment, coreset, model, dataset, hook, *registries())}
     if name is None:
-        overview = Table("kind", Column("names", overflow="fold"), show_lines=True)
+        overview = Table("kind", Column("names", overflow="fold"), box=None)  # fits a screen
         for kind, registry in kinds.items():
             overview.add_row(kind, ", ".join(registry.entries))
         terminal().print(overview)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,18 +13,22 @@ from raypkg.core.config import dotted, load_settings
 from raypkg.core.errors import UserError, shown
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import experiment, training_settings_of
-from raypkg.experiments.phases import stages_of
+from raypkg.experiments.phases import BOUND, operations, stages_of
 from raypkg.experiments.resolve import check_code, resolve
+from raypkg.models import model
 from raypkg.runs.folder import discard
 from raypkg.runs.storage import Storage
 
 from .driver import Driver, check_root
 from .figures import HELD_OUT
 from .outcomes import Outcomes
-from .space import base_of, check_counts, check_data, check_trial, data_digests, varied
+from .space import base_of, check_counts, check_data, check_trial, data_digests, samples_of, varied
 from .study import FOLDER, RECORD, Order, Study, Trial, create_study, find_study
 from .tables import METRICS, REST, Table, stored_table, with_data
 from .trial import imported_function
+
+# A trial on one core, as measured on small plans: operations a second, overhead of a step, and start and end.
+OPERATIONS_A_SECOND, STEP_SECONDS, TRIAL_SECONDS = BOUND / 15, 0.005, 1.5
 
 
 def compare_rows(
@@ -44,11 +49,12 @@ def compare_rows(
     """
     check_root(root)
     check_counts({"concurrent": concurrent})
-    table = with_data(table, values)
+    published, table = table, with_data(table, values)
     settings = base_settings(table, config, values)
     check_comparison(table, settings)
-    if table.rates or _lasting(settings) != _lasting(base_settings(table, None, {})):
-        table = table.changed(paper={})  # the settings are not the paper's
+    is_other_data = table is not published
+    if is_other_data or table.rates or _lasting(settings) != _lasting(base_settings(table, None, {})):
+        table = table.changed(paper={})  # the data or the settings are not the paper's
     if name is None:
         has_own_data = any("dataset.name" in case for case in table.cases.values())
         data = "" if has_own_data else f"-{_short_name(settings.dataset.name)}"
@@ -98,24 +104,35 @@ def compare_rows(
 def plan(table: Table, config: Path | None, values: Mapping[str, Any], rate: float | None) -> Iterator[str]:
     """Yield the trials of a comparison with their samples backward, and their hours at a rate in samples a second.
 
-    Passes that select, look or correct are not counted.
+    Without a rate, the hours of registered models on one processor core are estimated. Passes that select, look or
+    correct are not counted.
     """
     table = with_data(table, values)
     settings = base_settings(table, config, values)
     check_comparison(table, settings)
     seeds = len(table.seeds) * max(1, len(table.rates))
     total = 0
+    seconds = 0.0
     for case in table.cases:
         for row in table.rows:
-            trial = table.trial(case, row, table.seeds[0])
-            n = check_trial(table.metric, settings, trial)
-            stages = stages_of(table.experiment, varied(settings, trial))
+            changes = table.trial(case, row, table.seeds[0])
+            n = check_trial(table.metric, settings, changes)
+            trial = varied(settings, changes)
+            stages = stages_of(table.experiment, trial)
             backward = sum(stage.backward(n) for stage in stages)
             total += seeds * backward
+            if trial.model.name in model:
+                steps = sum(stage.steps(n) for stage in stages if stage.rows)
+                computed = operations(trial, samples_of(trial), stages) / OPERATIONS_A_SECOND
+                seconds += seeds * (computed + STEP_SECONDS * steps + TRIAL_SECONDS)
+            else:
+                seconds = math.nan
             place = row if case == REST else f"{row}; {case}"
             yield f"{place}: {seeds} trials of {backward:,} samples backward"
     trials = seeds * len(table.cases) * len(table.rows)
-    hours = f", {total / rate / 3600:,.1f} hours at {rate:g} a second" if rate else ""
+    hours = "" if math.isnan(seconds) else f", about {seconds / 3600:,.1f} hours on one processor core"
+    if rate:
+        hours = f", {total / rate / 3600:,.1f} hours at {rate:g} a second"
     yield f"{trials} trials, {total:,} samples backward{hours}"
 
 

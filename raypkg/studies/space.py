@@ -208,13 +208,18 @@ def check_trial(metric: str, base: Experiment, values: Values) -> int:
         every = train.evaluate_every_epochs
         if not 0 < every <= trial.epochs:
             raise UserError(f"metric {metric} would never be measured: {EVALUATE} = {every} of {trial.epochs} epochs")
-    samples = _opened(json.dumps(trial.dataset.model_dump(mode="json")), trial.seed)
+    samples = samples_of(trial)
     n = len(samples.train_indices)
     given = getattr(trial, "coreset", None)
     if given is not None:
         n = len(load_coreset(given, samples, trial.dataset))
     trial.check(n, samples.data)
     return n
+
+
+def samples_of(settings: Experiment) -> Samples:
+    """Return the samples of a trial; the last ones stay open."""
+    return _opened(json.dumps(settings.dataset.model_dump(mode="json")), settings.seed)
 
 
 def data_digests(base: Experiment, trials: Iterable[Values]) -> Iterator[str]:

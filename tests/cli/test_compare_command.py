@@ -167,6 +167,10 @@ def test_a_papers_figure_is_left_out_where_an_option_changes_a_setting(effray, m
     told = effray(f"compare mine.py {ALONE} --name other --rows tenth --seeds 0 --train.lr 0.2")
     assert "published" not in told and "99.9" not in told
     assert "99.9" not in effray("show other")
+    # The defaults name the digits, but the paper's case does not.
+    mine("paper={", "cases={'all': {'dataset.name': 'cifar10'}}, paper={")
+    told = effray(f"compare mine.py {ALONE} --name digits --rows tenth --seeds 0 --dataset digits")
+    assert "published" not in told and "99.9" not in told
 
 
 def test_it_is_shown_listed_reported_and_removed(effray, mine, tmp_path):
@@ -324,6 +328,17 @@ def test_a_dry_run_counts_trials_and_samples(effray, mine, tmp_path):
     told = effray(f"{MINE} --dry-run --rate 1000")
     assert "tenth: 2 trials of 260 samples backward" in told
     assert "6 trials, 8,292 samples backward, 0.0 hours at 1000 a second" in told
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_than_a_hundred_trials_start_only_after_their_hours_are_known(call, tmp_path):
+    asked = call("effray compare selection --dataset digits")
+    assert asked.code == 2 and "there is no terminal to ask on whether to start 1824 trials: --yes" in asked.err
+    assert re.fullmatch(
+        r"1824 trials, 35,311,320 samples backward, about [1-9]\.\d hours on one processor core \(.*\)\n", asked.out
+    )
+    own = call("effray compare crest --rows crest --cases 'mlp*' --seeds 0 --dataset digits --dry-run").out
+    assert own.endswith("5 trials, 62,228 samples backward, about 0.0 hours on one processor core\n")
     assert not (tmp_path / "runs").exists()
 
 
