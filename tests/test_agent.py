@@ -98,25 +98,6 @@ def test_moments_do_not_depend_on_where_gradients_lie_in_memory():
     assert len(found) == 1
 
 
-def test_c_comes_from_the_losses_of_model_and_snapshot():
-    losses = []
-
-    class Losses(Hook):
-        priority = -1  # before the weight is updated
-
-        def on_epoch_end(self, run):
-            whole = Batches(split(), run.coreset, 16, seed=0, augment=(), worker=Worker(), dtype=torch.float32)
-            for part in whole.epoch(run.epoch):
-                losses.append([F.cross_entropy(model(part.x), part.y).item() for model in (run.model, hook.agent.copy)])
-
-    hook = Correction(AgentOptions(gamma=0.5))
-    trained = fit(run(Losses(), hook, settings=PLAIN.model_copy(update={"epochs": 1})))
-    model, snapshot = np.array(losses).T  # [6] each
-    expected = 0.3 * np.cov(model, snapshot)[0, 1] / np.var(snapshot, ddof=1)
-    assert hook.agent.weight.c == pytest.approx(expected, rel=1e-4)
-    assert trained.bill("full gradient").forward == 2 * N
-
-
 @pytest.mark.parametrize("damped", [0.3, 1.0])
 def test_it_equals_the_loop_written_out(damped):
     settings = PLAIN.model_copy(update={"precision": "float64", "momentum": 0.0, "nesterov": False})

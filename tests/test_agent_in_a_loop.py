@@ -1,7 +1,6 @@
 """GradientCorrection in a loop of one's own, alone, with SparseTraining and with CoresetLoader."""
 
 import io
-from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -371,10 +370,8 @@ def test_what_is_no_loss_of_the_snapshot_is_refused_and_changes_no_gradient(form
     before = [weight.grad.clone() for weight in model.parameters()]
     mistakes = [
         (lambda _: weighted_loss(model, data[0]), "does not depend on the snapshot"),
-        (lambda _: torch.tensor(1.0), "does not depend on the snapshot"),
         (lambda _: [], "returned no loss"),
         (lambda _: None, "a loss must be a tensor with one number, not None"),
-        (lambda _: [0.5], r"a loss must be a tensor with one number, not 0\.5"),
         (lambda snapshot: snapshot(data[0][0]), r"a loss must be a tensor with one number, not \[16, 3\]"),
     ]
     if form == "measured":
@@ -400,34 +397,3 @@ def test_snapshots_that_cannot_work_are_refused(form, options, batches, message)
     with pytest.raises(UserError, match=message):
         for each in batches:
             agent.snapshot(each)
-
-
-@pytest.mark.parametrize("failing", [3, 16, 20])  # in the estimate of c, then in the full gradient
-def test_a_snapshot_that_failed_can_be_taken_again(failing):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10)).eval()
-    data = [(torch.randn(8, 64), torch.arange(8)) for _ in range(8)]
-    agents = [GradientCorrection(model) for _ in range(2)]
-    for agent in agents:
-        agent.snapshot(data)
-    with torch.no_grad():
-        model[1].weight.add_(0.1)
-        model[2].running_mean.add_(1.0)
-    before = deepcopy(model.state_dict())
-    calls = 0
-
-    def fails(model, batch):
-        nonlocal calls
-        calls += 1
-        if calls == failing:
-            raise ValueError("boom")
-        return weighted_loss(model, batch)
-
-    agents[0].loss = fails
-    with pytest.raises(ValueError, match="boom"):
-        agents[0].snapshot(data)
-    assert not model.training and all(value.equal(before[name]) for name, value in model.state_dict().items())
-    for agent in agents:
-        agent.snapshot(data)
-    assert agents[0].c == agents[1].c != 0
-    assert all(map(torch.equal, agents[0].full, agents[1].full))

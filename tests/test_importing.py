@@ -389,18 +389,6 @@ def test_an_image_of_another_size_after_stored_parts(local, tmp_path, monkeypatc
     assert begun_at(caplog) == [96]  # the block before it was not yet written
 
 
-def test_parts_that_another_process_wrote_meanwhile_stay(local, tmp_path, undisturbed, allowing, monkeypatch, kind):
-    source = pictures(tmp_path / "data")
-    _, files = undisturbed(source)
-    killed_import(source, local, allowing, 8)
-    theirs = {name: number for name, number in inodes(local).items() if name.endswith(".blocks")}
-    monkeypatch.setattr(images, "begun_header", lambda target: None)
-    monkeypatch.setattr(parts, "_notes", lambda *arguments: [])
-    load_data(source, cache=local)
-    assert contents(local) == files
-    assert theirs and theirs.items() <= inodes(local).items()  # its readers go on
-
-
 @pytest.mark.parametrize("theirs", [1000, 3500])
 def test_parts_of_two_versions_are_not_mixed(local, tmp_path, undisturbed, allowing, monkeypatch, kind, theirs):
     source = pictures(tmp_path / "data")

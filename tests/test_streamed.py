@@ -20,9 +20,9 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Dataset, Training
 from raypkg.data import load_data
 from raypkg.data.coreset import Coreset
-from raypkg.data.opening import open_data, subset
+from raypkg.data.opening import open_data
 from raypkg.data.split import at_hand, shuffled_by_blocks
-from raypkg.data.store import images, parts, streamed
+from raypkg.data.store import images, parts
 from raypkg.data.store.parts import Stream
 from raypkg.data.store.streamed import HeldBlocks
 from raypkg.engine.batches import Batches
@@ -164,21 +164,6 @@ def store_of(split):
     return split.take.args[0] if isinstance(split.take, partial) else split.take.__self__
 
 
-def test_an_epoch_fetches_hardly_any_block_twice(source, stream, monkeypatch):
-    monkeypatch.setattr(parts, "BLOCK_BYTES", 1)  # a block for each image
-    stream = stream._replace(window=60)
-    once = load_data(source, cache=stream).train
-    split = subset(once, torch.arange(N).repeat(3))
-    fetched = []
-    held = store_of(once)._blocks
-    read = held._load
-    monkeypatch.setattr(held, "_load", lambda number: fetched.append(number) or read(number))
-    batches = Batches(split, Coreset.uniform(torch.arange(3 * N)), 4, seed=0, augment=[], worker=Worker())
-    assert len(list(batches.epoch(1))) == 90
-    assert len(set(fetched)) == N
-    assert len(fetched) <= N + stream.window  # the window that begins an epoch ends it too
-
-
 def test_a_worker_holds_its_share_of_the_window(split):
     held = []
     blocks = replace(split.blocks, of=torch.arange(1000), window=64, hold=held.append)
@@ -209,18 +194,6 @@ def test_a_disk_too_small_for_a_copy(split, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", nearly_full)
     with pytest.raises(UserError, match=r"has 0.0 GB of room, a copy of 2 samples takes .* EFFRAY_CACHE"):
         at_hand(split, torch.tensor([1, 2]))
-
-
-def test_a_killed_copy_leaves_no_file(split, stream, monkeypatch):
-    """Its file never has a name, so the disk space is freed however the process ends."""
-    write = streamed.write_batches
-
-    def looked_at(*arguments):
-        assert not list(stream.cache.iterdir())
-        write(*arguments)
-
-    monkeypatch.setattr(streamed, "write_batches", looked_at)
-    at_hand(split, torch.tensor([1, 2]))
 
 
 def test_a_window_beyond_the_memory_is_refused(split, monkeypatch):

@@ -97,10 +97,7 @@ def test_what_is_no_id_is_shown_with_what_is_allowed(text):
     [
         (pa.array([2**63], pa.uint64()), "9223372036854775808 is no id"),
         (pa.array([-1]), "-1 is no id"),
-        (pa.array([1.0]), "1.0 is no id"),
-        (pa.array([True]), "True is no id"),
         (pa.array([None], pa.int64()), "None is no id"),
-        (pa.array([[1, 2]]), "[1, 2] is no id"),
         (pa.array([], pa.int64()), "holds no ids"),
     ],
     ids=str,

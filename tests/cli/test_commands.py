@@ -4,7 +4,6 @@ import json
 import os
 import re
 import runpy
-import shlex
 import shutil
 import subprocess
 import sys
@@ -97,12 +96,6 @@ def test_help_fits_and_ends_with_an_example(effray, monkeypatch, command):
 @pytest.mark.parametrize("command", ["tune", "deltagrad", "compare"])
 def test_a_group_without_its_command_shows_its_help(effray, command):
     assert effray(command) == effray(f"{command} --help")
-
-
-def test_a_reader_that_has_read_enough_is_no_error():
-    command = f"{shlex.quote(shutil.which('effray') or '')} methods | true"
-    done = outside("bash", "-c", command)
-    assert not done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS[1:])  # that of the bare command is among them

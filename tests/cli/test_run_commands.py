@@ -480,19 +480,6 @@ def test_rm_of_a_trial_is_refused_unless_trials_are_meant(effray, refusal, sweep
     assert sorted(os.listdir("runs/crest")) == ["s-000", "s-002"] and Path("runs/tune/s").exists()
 
 
-def test_a_run_stored_with_former_names_is_listed_and_resumes(effray, tmp_path):
-    effray("train --name one --model linear --train.epochs 1 --select.rule random --select.fraction 0.5")
-    folder = tmp_path / "runs/train/one"
-    before = json.loads((folder / "summary.json").read_text())
-    config = (folder / "config.toml").read_text().partition("\n")[2]
-    (folder / "config.toml").write_text(config.replace('rule = "random"', 'method = "random"'))
-    (folder / "summary.json").unlink()
-    assert "train random" in effray("list") and "resume with" in effray("show one")
-    effray("train --resume one")
-    after = json.loads((folder / "summary.json").read_text())
-    assert after["test_accuracy"] == before["test_accuracy"]
-
-
 def test_a_comparison_of_many_trials_asks_before_it_starts(call, refusal, monkeypatch):
     command = "compare crest --dataset digits --seeds 0-9"
     assert "there is no terminal to ask on whether to start 950 trials: --yes" in refusal(command)

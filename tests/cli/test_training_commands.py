@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raypkg.runs.folder import RunFolder
-from raypkg.runs.storage import Storage
 
 FIRST = "train --name first --model mlp --train.epochs 2"
 STILL = "--model mlp --train.epochs 1 --train.lr 1e-12 --train.evaluate_every_epochs 0"  # the weights hardly move
@@ -83,21 +82,6 @@ def test_the_weights_are_the_runs_own_from_its_start(call, effray, after, monkey
     assert near(left("train/stopped"), left("train/straight"))
     assert findings("train/stopped") == findings("train/straight")
     assert not Path("runs/train/straight/checkpoints").exists()
-
-
-def test_a_run_stopped_at_its_very_end_asks_no_more_for_them(call, effray, after, monkeypatch):
-    after(FIRST)
-
-    def die(storage):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Storage, "delete_unfinished", die)
-        assert call(f"train --name second {STILL} --train.from first").code == 2
-    assert not Path("runs/train/second/checkpoints").exists()
-    shutil.rmtree("runs/train/first")
-    effray("train --resume second")
-    assert findings("train/second") == ["first weights: 6 tensors from first"]
 
 
 @pytest.mark.parametrize(

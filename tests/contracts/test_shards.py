@@ -34,17 +34,10 @@ ARGUMENTS = 2.0, torch.tensor([1.0, 10.0])
 EXPECTED = [sums(shard, *ARGUMENTS) for shard in held()]
 
 
-def local():
-    return LocalShards(held())
-
-
-def of_workers():
-    return WorkerShards(held()[:1], Worker())
-
-
-@pytest.mark.parametrize(("make", "expected"), [(local, EXPECTED), (of_workers, EXPECTED[:1])])
-def test_map(make, expected):
-    shards = make()
+@pytest.mark.parametrize(
+    ("shards", "expected"), [(LocalShards(held()), EXPECTED), (WorkerShards(held()[:1], Worker()), EXPECTED[:1])]
+)
+def test_map(shards, expected):
     assert shards.map(sums, *ARGUMENTS) == expected
     with pytest.raises(UserError, match="shard 0 refuses"):
         shards.map(refuse)
