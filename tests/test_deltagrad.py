@@ -224,6 +224,23 @@ def recorded(folder, steps=5, dtype="float64", size=6):
     return layout, path, writer
 
 
+def test_an_interrupted_history_continues_after_the_checkpoint(tmp_path):
+    layout, path, writer = recorded(tmp_path / "whole")
+    whole = writer.seal(path[-1])
+    _, _, writer = recorded(tmp_path / "cut")
+    writer.flush()
+    known = writer.digests[:3]
+    writer.close()
+    with (tmp_path / "cut" / RECORDS).open("ab") as file:
+        file.write(b"half a record")
+    again = HistoryWriter(tmp_path / "cut", layout)
+    again.start(known)
+    for step in (3, 4):
+        again.append(0.1 * step, path[step], -path[step])
+    assert again.seal(path[-1]) == whole
+    assert (tmp_path / "cut" / RECORDS).read_bytes() == (tmp_path / "whole" / RECORDS).read_bytes()
+
+
 @pytest.mark.parametrize("file", [RECORDS, DIGESTS])
 def test_any_flipped_byte_is_found_and_named(tmp_path, file):
     layout, path, writer = recorded(tmp_path)
