@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from raypkg.core.config import load_settings
-from raypkg.core.errors import UserError
 from raypkg.engine.loop import evaluate
 from raypkg.engine.worker import Worker
 from raypkg.experiments import experiment, settings_of, training
@@ -141,16 +140,3 @@ def test_training_stops_when_no_better_epoch_comes_and_stays_stopped(tmp_path, a
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4] and record["kept_epoch"] == 2
     assert "epoch 2 of 4, the best of 4" in record["findings"][0]
     assert record["findings"][0].endswith("; training stopped early, 2 evaluations after it")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"dataset.validation": 0}, "train.keep = best is by held-out samples: dataset.validation = 0 holds out none"),
-        ({"dataset.validation": 1e-6}, r"by held-out samples, and there are none: raise dataset\.validation"),
-        ({"train.evaluate_every_epochs": 7}, "train.evaluate_every_epochs = 7 of 6 epochs evaluates none"),
-    ],
-)
-def test_the_best_of_no_epoch_is_refused(tmp_path, settings, message):
-    with pytest.raises(UserError, match=message):
-        train_model(Worker(), job_of(tmp_path, **settings))

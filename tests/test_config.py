@@ -86,15 +86,6 @@ def test_what_toml_cannot_hold_is_refused_when_it_is_stored(option):
         to_toml(Example(model=Model(options={"a": option})))
 
 
-def test_unreadable_files(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read the settings file .*missing.toml"):
-        load_settings(Example, tmp_path / "missing.toml")
-    bad = tmp_path / "bad.toml"
-    bad.write_text("seed = = 1")
-    with pytest.raises(UserError, match=r"bad.toml' is not valid TOML"):
-        load_settings(Example, bad)
-
-
 def test_long_errors_stay_readable_and_keep_no_secret():
     message = str(UserError(f"cannot use s3://KEY:{'s' * 300}@bucket/{'x' * 5000}/end"))
     assert message.startswith("cannot use s3://***@bucket/xxx") and message.endswith("xxx/end") and len(message) < 300

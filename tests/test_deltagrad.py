@@ -1,6 +1,7 @@
 """DeltaGrad against dense algebra and against training again."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import reference
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model
 from raypkg.data import Data
-from raypkg.data.split import Split
+from raypkg.data.split import Split, aligned
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.deltagrad.answer import ShardedGradient
 from raypkg.methods.deltagrad.history import DIGESTS, RECORDS, History, HistoryWriter, Layout, check_room
@@ -196,6 +197,11 @@ def test_added_samples_have_one_place_an_epoch_and_keep_it():
         assert all(torch.equal(a, b) for a, b in zip(places, membership.epoch(epoch), strict=True))
         old = Membership(torch.arange(N), (), 30, 0).epoch(epoch)
         assert all(torch.equal(batch[batch < N], before) for batch, before in zip(places, old, strict=True))
+
+
+def test_columns_in_another_order_do_not_join():
+    with pytest.raises(UserError, match="new: columns b, a, those of training are a, b"):
+        aligned(replace(SPLIT, columns=("b", "a")), replace(SPLIT, columns=("a", "b")), "new")
 
 
 def test_models_outside_the_derivation_are_refused():

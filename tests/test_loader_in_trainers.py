@@ -75,11 +75,6 @@ def test_a_mapping_is_yielded_with_its_weights_and_positions(name):
     assert picked == dict(zip(chosen.indices.tolist(), chosen.weights.tolist(), strict=True))
 
 
-def test_a_mapping_needs_labels():
-    with pytest.raises(UserError, match="has input_ids, attention_mask, y: it needs 'labels'"):
-        next(iter(coresets_of(bert(), Sentences(name="y"))))
-
-
 def test_an_epoch_is_as_long_as_its_length_says():
     loader = coresets_of(nn.Linear(6, C), rows(), warm_epochs=1, every_epochs=0)
     assert [(len(loader), len(list(loader))) for _ in range(EPOCHS)] == [(6, 6), (3, 3), (3, 3)]

@@ -172,10 +172,3 @@ CACHES = cases(
     },
     variable="EFFRAY_CACHE",
 )
-
-RAY_ADDRESS = cases(
-    "RAY_ADDRESS",
-    "train --model linear --cluster.workers 1",
-    {"127.0.0.1:1": "127.0.0.1:1 … --cluster.workers 0"},
-    variable="RAY_ADDRESS",
-)

@@ -173,10 +173,6 @@ FOLDERS = cases(
         ),
         "pixels of 32 bits": (("0.png", WIDE), "0.png does not decode … its pixels are not of 8 or 16 bits"),
         "a class that leads nowhere": (("../owl", b""), "images/train/owl' is no folder: a link that leads nowhere"),
-        "several sizes": (
-            ("1.png", samples.encode(samples.pixels(1, 8, 8)[0])),
-            "several sizes … --set dataset.options.size=224",
-        ),
         "a bomb": (
             ("0.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\x7f\xff\xff\xff\x7f\xff\xff\xff\x08\x02" + b"\0" * 43),
             "0.png",

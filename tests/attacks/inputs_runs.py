@@ -173,11 +173,8 @@ REQUESTS = cases(
     "{}",
     {
         "deltagrad delete dg --ids=9223372036854775807": "id 9223372036854775807 is unknown, allowed are 0 … 1436",
-        "deltagrad delete dg --ids=3,3": "id 3 is given 2 times",
         "deltagrad delete dg --ids=nowhere.txt": "'nowhere.txt' (no such file)",
         "deltagrad delete dg --ids=set/train.parquet": "unknown id column of 'set/train.parquet'",
-        "deltagrad add dg --ids=3": "id 3 is in use already",
-        "deltagrad add dg --ids=99999": "id 99999 is unknown",
         "deltagrad add dg --data=digts": "unknown dataset 'digts', did you mean 'digits'",
         "deltagrad add dg --data=nothing:here": "unknown dataset or module 'nothing:here'",
         "deltagrad delete table --where=label": "condition 'label' is not of the form",
