@@ -328,6 +328,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         agent.snapshot(iter(stream(0)))
     for state, message in (
         (GradientCorrection(nn.Linear(2, 2)).state_dict(), "is of another model"),
+        (GradientCorrection(model).state_dict(), "of form = published, not measured"),
         ({}, "no 'copy'"),
     ):
         with pytest.raises(UserError, match=message):

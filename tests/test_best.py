@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from raypkg.core.config import load_settings
+from raypkg.core.errors import UserError
 from raypkg.engine.loop import evaluate
 from raypkg.engine.worker import Worker
 from raypkg.experiments import experiment, settings_of, training
@@ -140,3 +141,8 @@ def test_training_stops_when_no_better_epoch_comes_and_stays_stopped(tmp_path, a
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4] and record["kept_epoch"] == 2
     assert "epoch 2 of 4, the best of 4" in record["findings"][0]
     assert record["findings"][0].endswith("; training stopped early, 2 evaluations after it")
+
+
+def test_the_best_by_no_held_out_sample_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"by held-out samples, and there are none: raise dataset\.validation"):
+        train_model(Worker(), job_of(tmp_path, **{"dataset.validation": 1e-6}))

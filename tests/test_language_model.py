@@ -25,6 +25,7 @@ from raypkg.experiments.trained import named_backbone
 from raypkg.methods.sparse.hook import first_batch
 from raypkg.methods.sparse.masks import prunable
 from raypkg.models import build_model
+from raypkg.models.checkpointing import checkpoint_blocks
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 from tiny_language import instructions, tiny_language
@@ -179,6 +180,21 @@ def test_a_base_in_bfloat16_stays_so_and_its_adapters_do_not(place):
     torch.testing.assert_close(
         build(place, base="bfloat16", **LORA)(x).losses, build(place)(x).losses, rtol=2e-2, atol=0
     )
+
+
+def test_checkpointing_gives_the_same_gradients(place):
+    x, _ = data_of(place).train.batch(range(4))
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(place, rank=4, dropout=0.2)
+        if checkpointing:
+            checkpoint_blocks(model)
+        torch.manual_seed(1)
+        model(x).losses.sum().backward()
+        gradients.append([weight.grad for weight in model.parameters() if weight.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+    assert layers
 
 
 def training(place, **options):

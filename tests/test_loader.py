@@ -18,9 +18,10 @@ from raypkg import CrestLoader
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive
 from raypkg.coresets.batches import Batches
-from raypkg.coresets.budgets import select
+from raypkg.coresets.budgets import class_budgets, select
 from raypkg.coresets.loader import CoresetLoader
 from raypkg.coresets.record import Record, margins_of
+from raypkg.methods.crest.quadratic import flat
 
 N = 120
 
@@ -76,6 +77,50 @@ def test_ccs_selects_by_the_margins_of_the_losses_that_it_is_given():
     for each in (loader, again):
         next(iter(each))
         assert each.coreset.indices.equal(twin.indices.sort().values)
+
+
+class ByKeywords(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return type("Output", (), {"logits": self.inner(x)})
+
+
+class Backwards(Dataset):
+    """Samples as mappings with their positions, which collation reverses."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        x, y = data()[i]
+        return {"x": x, "label": y, "indices": i}
+
+
+def reverse(rows):
+    return default_collate(rows[::-1])
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_grand_by_full_gradients_keeps_the_largest_norms_of_its_twin(balanced):
+    model = network()
+    chosen = {"options": {"gradients": "full"}, "balanced": balanced, "epochs": 1}
+    pairs = loader_of(model, "grand", 0.2, **chosen)
+    mappings = DataLoader(Backwards(), batch_size=16, collate_fn=reverse)
+    mappings = CoresetLoader(mappings, ByKeywords(model), "grand", 0.2, **chosen)
+    x, y = data()[:]
+    model.eval()
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    norms = torch.stack([flat(torch.autograd.grad(loss, model.parameters(), retain_graph=True)) for loss in losses])
+    norms, counts = norms.norm(dim=1), class_budgets(y.bincount(), 24)
+    parts = [((y == label).nonzero()[:, 0], count) for label, count in enumerate(counts)]
+    parts = parts if balanced else [(torch.arange(N), 24)]
+    twin = torch.cat([members[norms[members].topk(count).indices] for members, count in parts]).sort().values
+    for loader in (pairs, mappings):
+        next(iter(loader))
+        assert loader.coreset.indices.equal(twin)
 
 
 def test_a_batch_carries_its_own_samples_and_weights():

@@ -154,6 +154,17 @@ def test_a_stopped_trial_closes_its_files_where_it_reports():
     assert paced.stop(10) and closed
 
 
+@pytest.mark.parametrize(
+    ("error", "message"), [(ValueError("a bug"), "a bug"), (SystemExit(0), r"ended itself by SystemExit\(0\)")]
+)
+def test_a_trials_exception_is_raised_to_the_reader_of_its_rows(error, message):
+    def trial(tell):
+        raise error
+
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        Paced(trial).advance()
+
+
 def test_a_trial_finds_the_process_as_the_first_one_did(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CHANGED", "no")

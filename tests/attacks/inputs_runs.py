@@ -145,7 +145,7 @@ DAMAGED = {
         **each("tune/sweep/sweep.json", ["gone"], "sweep"),
         **SWEEP_FILES,
         **each("tune/sweep/config.toml", ["lipt/l/config.toml"], "unknown setting"),
-        **each("tune/sweep/space.py", ["gone", "text"]),
+        **each("tune/sweep/space.py", ["gone", "text", "not UTF-8"]),
     },
     "show sweep": SWEEP_FILES,
     "deltagrad log dg": RECORDED,

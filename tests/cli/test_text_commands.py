@@ -12,6 +12,7 @@ from raypkg.core.errors import UserError
 from raypkg.data.kinds import TEXTS
 
 pytest.importorskip("tokenizers")
+SNLI = "--preset snli --set dataset.options.length=128 --set dataset.options.unlabelled=true"
 WORDS = "a the cat dog bird sat ran flew under over mat house tree".split()
 SMALL = "--model transformer --set model.options.width=16 --train.epochs 2 --train.optimizer adamw --train.lr 1e-3"
 
@@ -94,6 +95,12 @@ def test_a_text_beyond_the_models_positions_is_refused_with_the_option(refusal, 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     line = refusal(f"train --dataset {pairs} --model transformers:./checkpoint")
     assert "give --set dataset.options.length=32" in line
+
+
+def test_the_papers_settings_for_snli_are_settings(effray, pairs):
+    text = effray(f"crest {SNLI} --dataset {pairs} {SMALL} --train.epochs 8 --budget 0.5 --crest.subset 0.5 --dry-run")
+    assert "tau = 0.05" in text and 'decay = "matrices"' in text and "unlabelled = true" in text
+    assert "shape up to 128 tokens out of" in text
 
 
 def test_every_method_that_takes_texts_takes_them(effray, pairs):
