@@ -11,7 +11,7 @@ from raypkg.coresets.budgets import class_budgets, select, select_class
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.record import Record
 from raypkg.coresets.rules import coreset
-from raypkg.coresets.rules.matching import steepest
+from raypkg.coresets.rules.matching import safe_rate, steepest
 from raypkg.coresets.sharded import LiveModel, select_coreset
 from raypkg.coresets.solvers import largest
 from raypkg.data import Data
@@ -290,6 +290,15 @@ def test_glister_doubles_its_rate_where_that_leads_further():
     picked = gradients[coreset["glister"](train.view, 20, valid=valid.view).indices].sum(dim=0)
     lowest = [reference.lowest_loss(valid, step) for step in (static, once, picked)]
     assert lowest[0] > lowest[1] + 0.1 and lowest[1] > lowest[2] + 0.1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_rate_of_glister_equals_its_slow_twin(seed):
+    train, valid = reference.problem(40, seed=seed), reference.problem(15, seed=seed)
+    static = reference.topk_by_validation(train, valid, 10)
+    step = reference.per_sample_gradients(train)[static].sum(dim=0)
+    slope = (reference.gradient(valid.head, valid.features, valid.y) * step).sum()
+    assert safe_rate(valid.view, valid.view.through(step), slope) == pytest.approx(reference.safe_rate(valid, step))
 
 
 def alike(n, seed, sign=1.0):
