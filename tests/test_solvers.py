@@ -8,6 +8,7 @@ from raypkg.coresets.solvers import (
     BatchAtoms,
     Cholesky,
     MeanAtoms,
+    batch_means,
     draw_in_proportion,
     largest,
     largest_bounded,
@@ -157,13 +158,15 @@ def test_an_atom_in_the_span_of_the_chosen_ones_is_passed_over():
     assert weights.tolist() == pytest.approx([1.0, 0.5])
 
 
-def test_mean_gradients_that_are_spelt_out_are_pursued_like_batches():
+def test_mean_gradients_that_are_spelt_out_are_pursued_like_batches(monkeypatch):
     view = reference.problem(90, dtype=torch.float64).view
-    batch = torch.arange(90)[torch.randperm(90, generator=generator(0))] // 4  # the last one has 2 samples
+    order = torch.randperm(90, generator=generator(0))
+    batch = torch.empty_like(order)
+    batch[order] = torch.arange(90) // 4  # the last one has 2 samples
     target = view.mean()
+    monkeypatch.setattr("raypkg.coresets.solvers.BLOCK", 10)
     found = []
-    for kind in (BatchAtoms, MeanAtoms):
-        atoms = kind(view, batch, target, 60)
+    for atoms in (BatchAtoms(view, batch, target, 60), MeanAtoms(batch_means(view, order, 4), target)):
         chosen, weights = matching_pursuit(atoms, atoms.energy, 12, lam=0.01, eps=1e-10)
         found.append((atoms.ranked(chosen).tolist(), weights))
     assert found[0][0] == found[1][0]

@@ -13,6 +13,7 @@ from .gradients import HeadView
 
 AT_ONCE = 16  # values computed together, or more: a product of fewer rows takes nearly as long
 AHEAD = 32  # inner products computed at once: one product reads the view once for all of them
+BLOCK = 512  # samples that are in float64 at a time: they stay in the cache
 GROWTH = 64  # rows by which the room for a factor grows
 CERTAIN = 1e-9  # a probability this near to 1 is 1
 DEPENDENT = 1e-12  # a pivot below this share of its diagonal is rounding: the atom lies in the span of the chosen ones
@@ -252,7 +253,7 @@ class BatchAtoms:
         self._places = batch.new_empty(0)  # and the place in S of each row's batch [·]
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self._aim)
 
     def correlation(self, weights: Tensor) -> Tensor:
         """Return <ḡ_B, M> of every batch, given v."""
@@ -302,7 +303,7 @@ class BatchAtoms:
 
     def _mean(self, values: Tensor) -> Tensor:
         """Return the mean over each batch of a value of each sample."""
-        sums = values.new_zeros(len(self))
+        sums = values.new_zeros(len(self._sizes))
         sums.index_add_(0, self._batch, values)
         return sums / self._sizes
 
@@ -310,25 +311,47 @@ class BatchAtoms:
 class MeanAtoms(BatchAtoms):
     """Batches whose mean gradients are spelt out, float64 [B, C(D+1)]: faster where that is less than the view."""
 
-    def __init__(self, view: HeadView, batch: Tensor, target: Tensor, capacity: int):
-        super().__init__(view, batch, target, capacity)
-        members = batch.argsort(stable=True).split(self._sizes.tolist())
-        self._means = torch.stack([view[some].double().mean().flatten() for some in members])
-        self._flat = target.flatten()  # t
-        self._members = batch.new_empty(0)  # S
+    def __init__(self, means: Tensor, target: Tensor):
+        self.energy = target.square().sum()
+        self._means = means
+        self._aim = means @ target.flatten()
+        self._members = torch.empty(0, dtype=torch.int64, device=means.device)  # S
+        self._inner = means.new_empty(0, len(means))  # of S with all batches [m, B]
 
     def correlation(self, weights: Tensor) -> Tensor:
         """Return <ḡ_B, M> of every batch, given v."""
-        return self._means @ (self._flat - weights @ self._means[self._members])
+        return self._aim - weights @ self._inner
 
     def append(self, j: int) -> tuple[Tensor, Tensor]:
         """Choose ḡ_j; return its inner products with S, itself last, and with t."""
+        inner = self._means @ self._means[j]
+        self._inner = torch.cat([self._inner, inner[None]])
         self._members = torch.cat([self._members, self._members.new_tensor([j])])
-        return self._means[self._members] @ self._means[j], self._means[j] @ self._flat
+        return inner[self._members], self._aim[j]
 
     def keep(self, places: Tensor) -> None:
         """Drop all of S except the batches at ``places``, ascending."""
         self._members = self._members[places]
+        self._inner = self._inner[places]
+
+
+def batch_means(view: HeadView, order: Tensor, size: int) -> Tensor:
+    """Return ḡ_B of batches of ``size`` samples in this order, the last with what is left over, float64 [B, C(D+1)]."""
+    means = []
+    count = len(order) // size  # whole batches
+    at_once = max(1, BLOCK // size)
+    for start in range(0, count, at_once):
+        end = min(start + at_once, count)
+        part = view[order[start * size : end * size]].double()
+        residual = part.residual.view(end - start, size, -1)
+        features = part.features.view(end - start, size, -1)
+        of_weight = residual.transpose(1, 2) @ features  # [·, C, D]
+        of_bias = residual.sum(dim=1)[..., None]
+        means.append(torch.cat([of_weight, of_bias], dim=2).flatten(1) / size)
+    if count * size < len(order):
+        rest = view[order[count * size :]].double()
+        means.append(rest.mean().flatten()[None])
+    return torch.cat(means)
 
 
 class SampleAtoms(BatchAtoms):

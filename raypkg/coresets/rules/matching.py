@@ -10,9 +10,11 @@ from torch import Tensor
 from raypkg.coresets.gradients import HeadView, over_classes
 from raypkg.coresets.solvers import (
     AT_ONCE,
+    BLOCK,
     BatchAtoms,
     MeanAtoms,
     SampleAtoms,
+    batch_means,
     largest,
     largest_bounded,
     matching_pursuit,
@@ -21,7 +23,6 @@ from raypkg.data.coreset import Coreset
 
 from . import coreset
 
-BLOCK = 4096  # samples that are in float64 at a time
 SPARSE = 4  # computing one gain in four by itself takes about as long as computing all of them at once
 WORTH = 0.01  # GLISTER's loss must fall further by this share for another doubling of η
 CLOSE = 1e-9  # a step of the geometric median below this share of the spread is rounding
@@ -116,24 +117,37 @@ def gradmatchpb(
     Differs from the paper: λ and ε are relative to ‖ḡ‖², and a batch whose weight would turn negative gives its place
     back.
     """
-    mean = mean_gradient(view if target is None else target)
     n = len(view)
-    order = torch.randperm(n, generator=rng).to(mean.device)
+    order = torch.randperm(n, generator=rng).to(view.y.device)
     batches = order.split(batch_size)
     batch = torch.empty_like(order)  # the batch of each sample [n]
     batch[order] = torch.arange(n, device=order.device) // batch_size
 
     wanted = math.ceil(budget / batch_size)
-    small = len(batches) * mean.numel() <= n * (view.num_classes + view.width)  # all mean gradients, spelt out
-    kind = MeanAtoms if small else BatchAtoms
-    whole = kind(view, batch, mean, wanted * batch_size)
+    numbers = view.num_classes * (view.width + 1)
+    small = len(batches) * numbers <= n * (view.num_classes + view.width)  # all mean gradients, spelt out
+    whole: BatchAtoms
+    if small:
+        means = batch_means(view, order, batch_size)
+        of_view = batch.bincount().double() @ means / n
+        mean = of_view.view(view.num_classes, -1) if target is None else mean_gradient(target)
+        whole = MeanAtoms(means, mean)
+    else:
+        mean = mean_gradient(view if target is None else target)
+        whole = BatchAtoms(view, batch, mean, wanted * batch_size)
     penalty = lam * float(whole.energy) if relative else lam
     best, _ = matching_pursuit(whole, whole.energy, wanted, lam=penalty, eps=eps)
     ranked = torch.cat([batches[b] for b in whole.ranked(best)])
     indices = ranked[:budget]
 
-    _, place = batch[indices].unique(return_inverse=True)  # the place of each pick's batch among the chosen ones [k]
-    cut = BatchAtoms(view[indices], place, mean, budget)
+    left, place = batch[indices].unique(return_inverse=True)  # the place of each pick's batch among the chosen ones [k]
+    if small:
+        last = place[-1]  # the one that was cut
+        means = means[left]
+        means[last] = view[indices[place == last]].double().mean().flatten()
+        cut: BatchAtoms = MeanAtoms(means, mean)
+    else:
+        cut = BatchAtoms(view[indices], place, mean, budget)
     chosen, v = matching_pursuit(cut, cut.energy, len(cut), lam=penalty, eps=eps)
     if not len(chosen):
         return Coreset.uniform(indices)
