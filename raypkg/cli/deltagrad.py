@@ -252,11 +252,14 @@ def _answer_one(
 
 def _answer(run: RecordedRun, requests: Sequence[Request], settings: RequestSettings) -> dict[str, Any]:
     """Answer requests by one replay, up to the first that is refused; return the entry in the journal."""
-    from raypkg.methods.deltagrad.answer import answer
+    from raypkg.methods.deltagrad.answer import answer, estimate
     from raypkg.methods.deltagrad.requests import change_of, id_at
 
     first_new = len(run.split)
-    entry = answer(run, change_of(run, requests), settings, _follow)
+    change = change_of(run, requests)
+    if (times := estimate(run, change, settings.replay)) > 1:
+        say(f"estimate: {times:.1f} times the work of training again, which may be faster")
+    entry = answer(run, change, settings, _follow)
     ids = ""
     if entry["new"]:
         first, last = (id_at(run.split, position) for position in (first_new, len(run.split) - 1))

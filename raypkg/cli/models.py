@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from raypkg.core.errors import UserError, unknown
-from raypkg.experiments import experiment, export_format
+from raypkg.experiments import export_format
 
 from .options import PLACE, TRUST, ExampleHelp, say
 
@@ -157,23 +157,24 @@ def diff(run: str, other: str, root: str) -> None:
 @click.command(cls=ExampleHelp, params=[TRUST, PLACE])
 @click.argument("run")
 @click.option(
-    "--format", "form", type=click.Choice(export_format.names), default="csr", show_default=True, help="how to write it"
+    "--to", "form", type=click.Choice(export_format.names), help="default: csr for a sparse model, else safetensors"
 )
-def export(run: str, root: str, form: str) -> None:
-    """Write a finished run's model without pruned weights, and measure the savings.
+@click.option("--out", metavar="FOLDER", help="a new local folder (default: RUN-FORMAT)")
+def export(run: str, root: str, form: str | None, out: str | None) -> None:
+    """Export a finished run's model with a card: for effray, ONNX or transformers, or without pruned weights.
 
-    RUN is a name, or a path to a run folder. csr = compressed sparse rows, in model.csr.safetensors.
+    RUN is a name, or a path to a run folder. csr = compressed sparse rows. ONNX needs `pip install 'effray[onnx]'`; its
+    graph takes pixels and rows as they are stored. The card, README.md, has the form of the Hugging Face Hub.
 
     Example:
-        effray sparse --name thin --model mlp --density 0.05 && effray export thin --format csr
+        effray sparse --name thin --model mlp --density 0.05 && effray export thin
     """
-    from raypkg.core.config import load_stored
-    from raypkg.experiments import training_settings_of
-    from raypkg.experiments.resolve import stored_settings
+    from raypkg.experiments.export import export_run
     from raypkg.runs.catalog import locate
-    from raypkg.runs.show import terminal
+    from raypkg.studies.show import verdict_on
 
     folder = locate(root, run, having=MODEL)
-    kind = experiment[folder.storage.parent.name]
-    settings = load_stored(training_settings_of(kind), stored_settings(folder))
-    terminal().print(export_format[form](folder, settings))
+    form = form or ("csr" if "density" in (folder.summary or {}) else "safetensors")
+    out = out or f"{folder.name}-{form}"
+    export_run(folder, form, out, verdict_on(folder.storage))
+    say(f"{out}: {form} with its card, README.md")

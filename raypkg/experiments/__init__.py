@@ -20,8 +20,10 @@ if TYPE_CHECKING:  # pydantic and pyarrow, which `--help` does not need
 
 GIVEN = ("samples", "report", "workers")
 experiment = Registry("experiment", "raypkg.experiments", "raypkg.methods.*.experiment", given=GIVEN)
-# write(folder, settings) → a table of what the format saves
-export_format = Registry("export format", "raypkg.methods.*.export", decorator="export_format")
+# write(run, place) → Markdown on the use of the files
+export_format = Registry(
+    "export format", "raypkg.experiments.export", "raypkg.methods.*.export", decorator="export_format"
+)
 R = TypeVar("R", bound="RunSettings")
 
 

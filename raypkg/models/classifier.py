@@ -57,7 +57,7 @@ def as_classifier(module: nn.Module) -> Classifier:
 
     Its ``trained_with`` is kept.
     """
-    path, head = _last_linear(module)
+    path, head = last_linear(module)
     features = module
     if module is head:
         features = nn.Identity()
@@ -68,7 +68,8 @@ def as_classifier(module: nn.Module) -> Classifier:
     return split
 
 
-def _last_linear(module: nn.Module) -> tuple[str, nn.Linear]:
+def last_linear(module: nn.Module) -> tuple[str, nn.Linear]:
+    """Return the last linear layer of a module and its path there."""
     for path, layer in reversed(list(module.named_modules())):
         if isinstance(layer, nn.Linear):
             return path, layer
@@ -80,7 +81,7 @@ class Tapped(nn.Module):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        _, head = _last_linear(module)
+        _, head = last_linear(module)
         self.module = module
         self.head = head
 

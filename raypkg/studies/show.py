@@ -101,6 +101,20 @@ def show_resumption(study: Study, root: str, console: Console) -> None:
         console.print(f"resume with: {command}", soft_wrap=True)
 
 
+def verdict_on(run: Storage) -> str:
+    """Return the verdict on the row of a comparison that a run belongs to, as a line; "" where there is none."""
+    study = study_around(run)
+    results = study.storage.read_table(RESULTS) if study and study.order.table else None
+    if study is None or results is None:
+        return ""
+    (mine,) = (row for row in results.to_pylist() if row["run"] == run.name)
+    for found in study.storage.read_json(VERDICTS) or ():
+        if (found["case"], found["row"]) == (mine["case"], mine["row"]):
+            where = f"row {found['row']!r} of comparison {study.name!r}"
+            return f"{where}: {found['verdict']} over {found['seeds']} seeds"
+    return ""
+
+
 def conclude(study: Study) -> None:
     """Write the results so far: all trials, the best settings, plots, Markdown and the page."""
     report = report_of(study, final=True)

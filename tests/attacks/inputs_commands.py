@@ -29,7 +29,7 @@ NAMES = cases(
         "show l --against=rows.csv": "unknown run in runs 'rows.csv'",
         "select --model-from nope --rule grand": "unknown run in … 'nope' … Allowed: cr, dg, halfway, l, sp, t",
         "select --model-from sel --rule grand": "run 'sel' has no model.safetensors: it trained no model",
-        "export sel": "select trains no model",
+        "export sel": "it trained no model",
         "export stopped": "run 'stopped' is not finished",
     },
 )

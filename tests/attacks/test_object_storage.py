@@ -135,7 +135,7 @@ def test_what_is_done_with_runs_there(root, port, tmp_path):
     coreset = f"s3://{BUCKET}/runs/select/two/coreset.parquet?{query(port)}"
     assert "of 1,295 samples (10.0%)" in done(f"train {SMALL} --coreset '{coreset}' {at}", tmp_path)
     done(f"sparse {SMALL.replace('linear', 'mlp')} --density 0.1 --name thin {at}", tmp_path)
-    assert "largest difference of logits" in done(f"export thin {at}", tmp_path)
+    assert "thin-csr: csr" in done(f"export thin {at}", tmp_path)
 
     def predict() -> None:
         import raypkg

@@ -363,3 +363,9 @@ def test_deltagrads_rows_delete_a_thousandth_a_hundredth_and_one_sample_after_an
         "full batch; 1 %": [13],
         "full batch; T0 20; j0 5; 1 %": [13],
     }
+
+
+def test_a_trial_has_the_verdict_on_its_row(effray, mine):
+    effray(MINE)
+    effray("export m-002 --out tenth")
+    assert re.search(r"row 'tenth' of comparison 'm': [a-z ]+ over 2 seeds", Path("tenth/README.md").read_text())

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import raypkg
+from exported import probabilities
 from raypkg.core.errors import UserError
 from raypkg.data.kinds import TEXTS
 
@@ -128,3 +129,33 @@ def test_a_model_is_not_given_the_tokens_of_other_texts(effray, refusal, pairs, 
     for line in (f"train {SMALL} --train.from one", "embed --model-from one --cluster.workers 0"):
         message = refusal(f"{line} --dataset text:{tmp_path}/others")
         assert "are not cut into the tokens of run 'one'" in message
+
+
+@pytest.mark.slow
+def test_a_graph_of_texts_takes_any_length(effray, pairs):
+    pytest.importorskip("onnxruntime")
+    effray(f"train --name one --dataset {pairs} {SMALL}")
+    effray("export one --to onnx")
+    x, _ = raypkg.load_data(pairs).test.batch(range(5))
+    for some in (x, x[:2, :, :9]):
+        found, _ = probabilities("one-onnx/README.md", some)
+        torch.testing.assert_close(found, raypkg.load_model("one").predict(some).probabilities, rtol=1e-5, atol=1e-5)
+    assert Path("one-onnx/tokenizer.json").exists()
+
+
+def test_a_checkpoint_of_transformers_gives_the_same_predictions(effray, pairs, checkpoint, monkeypatch):
+    import transformers
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    effray(f"train --name one --dataset {pairs} --model transformers:./checkpoint --set dataset.options.length=24 "
+           "--train.epochs 1")  # fmt: skip
+    effray("export one --to transformers")
+    network = transformers.AutoModelForSequenceClassification.from_pretrained("one-transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("one-transformers")
+    firsts, seconds, _ = zip(*(line.split(",") for line in lines(8, 3)), strict=True)
+    tokens = tokenizer(list(firsts), list(seconds), padding=True, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        found = network(**tokens).logits.softmax(1)
+    expected = raypkg.load_model("one").predict([*zip(firsts, seconds, strict=True)])
+    torch.testing.assert_close(found, expected.probabilities, rtol=1e-5, atol=1e-5)
+    assert [network.config.id2label[label] for label in found.argmax(1).tolist()] == expected.names

@@ -190,14 +190,6 @@ class _Product(torch.autograd.Function):
         return input_gradient, weight_gradient, None, None
 
 
-def only_active(layer: nn.Linear) -> ActiveLinear:
-    """Return a layer for inference that holds the nonzero weights and no others."""
-    active = ActiveLinear(layer)
-    active.pattern = Pattern.of(layer.weight != 0)
-    active.weight = nn.Parameter(active.pattern.active(layer.weight.data), requires_grad=False)
-    return active
-
-
 def exchange_linear(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
     """Replace all linear layers, in place, and return the model."""
     for name, child in model.named_children():
