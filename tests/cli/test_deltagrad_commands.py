@@ -161,7 +161,7 @@ def test_tables_are_deleted_by_their_columns(effray, tmp_path):
     assert "samples" in effray("deltagrad log a")
     line = effray(f"deltagrad delete a --where 'age >= 60 and label = b' {EXACT}")
     ids = pq.read_table(RUN / "requests/00001.parquet")["id"].to_pylist()
-    assert line.startswith(f"1: {len(ids)} deleted")
+    assert line.splitlines()[-1].startswith(f"1: {len(ids)} deleted")
     effray(f"deltagrad add a --data table:{tmp_path}/more.csv {EXACT}")
     assert entries()[-1]["new"] == 9
     assert distance(effray("deltagrad verify a")) < 1e-12
@@ -226,3 +226,27 @@ def test_a_loaded_model_scales_its_inputs_as_in_training(trained, refusal):
     assert float(found) == pytest.approx(summary["test_accuracy"])
     message = refusal("select --model-from a --rule el2n --dataset.scale standard")
     assert "has scale unit, here it is standard" in message
+
+
+def test_a_replay_that_costs_more_than_training_again_says_so_before_it_begins(trained):
+    assert "estimate" not in trained("deltagrad delete a --ids 0,1")
+    out = trained("deltagrad delete a --ids 2,3 --period 1")
+    assert re.match(r"estimate: 1\.\d times the work of training again, which may be faster\n2: 2 deleted", out)
+
+
+def test_the_estimate_counts_the_gradients_that_the_replay_computes(trained):
+    from raypkg.methods.deltagrad import answer
+    from raypkg.methods.deltagrad.requests import Request, change_of
+    from raypkg.methods.deltagrad.run import open_recorded
+    from raypkg.methods.deltagrad.settings import RequestSettings
+    from raypkg.runs.catalog import locate
+
+    settings = RequestSettings.model_validate({"replay": {"period": 1, "pairs": 2}})
+    with open_recorded(locate("runs", "a")) as run:
+        change = change_of(run, [Request("delete", [0, 1, 2])])
+        expected = answer.estimate(run, change, settings.replay)
+        fewer = answer.estimate(run, change, settings.replay.model_copy(update={"period": 5, "burn_in": 4}))
+        entry = answer.answer(run, change, settings)
+        again = sum(int(run.active[batch].sum()) for batch in run.membership.batches(entry["steps"]))
+    work = entry["gradients"] + 7 * (entry["exact"] + 1)  # 2m + 3 for each step from the first changed batch on
+    assert expected == pytest.approx(work / again) and 0.2 < fewer < 0.35
