@@ -21,7 +21,7 @@ def run(settings: SparseSettings, *, samples: Samples, report: Report, workers: 
     """Train a model in which few weights exist at a time, and which of them do changes as training proceeds.
 
     Masks are applied to dense arithmetic, which saves nothing: linear layers compute with what exists by --compute
-    sparse, and `effray export --format csr` leaves out the rest.
+    sparse, and `effray export --to csr` leaves out the rest.
 
     Example:
         effray sparse --dataset digits --model mlp --density 0.1 --growth gradient --agent
