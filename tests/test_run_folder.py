@@ -13,7 +13,7 @@ from forked import Process
 from raypkg.core.address import folder_and_name
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
-from raypkg.runs.agreement import compare
+from raypkg.experiments.coreset_files import compare
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.storage import Storage
 

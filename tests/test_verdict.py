@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from raypkg.studies.verdict import NOT_PAID, PAID, UNKNOWN, judge
+from raypkg.studies.outcomes import NOT_PAID, PAID, UNKNOWN, judge
 
 WORKS = (100.0, 200.0, 300.0, 500.0)  # of the baseline rows
 

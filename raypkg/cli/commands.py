@@ -77,7 +77,6 @@ def show(run: str, root: str, against: str | None, form: str | None) -> None:
     Example:
         effray lipt --name first && effray show first
     """
-    from raypkg.runs.agreement import compare
     from raypkg.runs.catalog import locate
     from raypkg.runs.show import show_run as print_run
     from raypkg.runs.show import terminal
@@ -101,7 +100,11 @@ def show(run: str, root: str, against: str | None, form: str | None) -> None:
         show_study(study, terminal())
         show_resumption(study, root, terminal())
         return
-    comparison = compare(folder, other) if other else None
+    comparison = None
+    if other:
+        from raypkg.experiments.coreset_files import compare
+
+        comparison = compare(folder, other)
     if folder.summary is None:
         show_how_far(folder, root)
         return

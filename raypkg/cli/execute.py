@@ -1,22 +1,32 @@
-"""Running, resuming and showing experiments: settings → run folder → phases → results."""
+"""Running, resuming, showing and planning experiments: settings → run folder → phases → results."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from click import Group, get_current_context
 
-from raypkg.core.config import load_stored
+from raypkg.core.config import load_stored, to_toml
 from raypkg.core.errors import Interruption, UserError, shown
+from raypkg.core.memory import readable
 from raypkg.core.presets import departures
 from raypkg.core.registry import Entry
-from raypkg.core.settings import APART, RunSettings
+from raypkg.core.settings import APART, Cluster, Experiment, RunSettings, Training
 from raypkg.experiments import carry_out, experiment, open_run, settings_of
-from raypkg.experiments.phases import stages_of, with_workers
-from raypkg.experiments.resolve import resolve, stored_settings
+from raypkg.experiments.phases import stages_of, step_memory, with_workers
+from raypkg.experiments.resolve import resolve, selection_of, stored_settings
 from raypkg.experiments.samples import Samples
+from raypkg.experiments.train import EmbedSettings, SelectSettings, planned
 from raypkg.runs.folder import RunFolder, check_new, create, discard
 from raypkg.runs.report import Stage
 from raypkg.runs.show import show_run, show_unfinished, terminal
+from raypkg.runs.storage import Storage
+
+from .options import say
+
+COLUMNS = "{:<9} {:>6} {:>7} {:>7} {:>12} {:>10} {:>14}"
+ALWAYS = ("config.toml", "environment.json", "metrics.parquet", "phases/", "summary.json")
 
 
 def execute(entry: Entry, base: Mapping[str, Any], values: Mapping[str, Any], name: str | None, root: str) -> None:
@@ -119,3 +129,115 @@ def show_how_far(folder: RunFolder, root: str) -> None:
     except UserError as error:
         resume = f"nothing: {error}"
     show_unfinished(folder, stages, state_of(storage), resume, terminal())
+
+
+# `--dry-run`: the settings of a new run as a TOML file, with its plan in comments; nothing is started
+
+
+def dry_run(
+    entry: Entry, base: Mapping[str, Any], values: Mapping[str, Any], name: str | None, root: str, resume: str | None
+) -> None:
+    """Print the settings and the plan of a new run; refuse whatever it would refuse before its first phase."""
+    if resume is not None:
+        raise UserError(f"--dry-run is of a new run: what run {resume} is to do, `effray show {resume}` tells")
+    settings = resolve(settings_of(entry), base, values)
+    check_new(root, entry.name, name, settings)
+    _, samples = open_run(settings)
+    stages = stages_of(entry.name, settings)
+    settings, note = with_workers(settings, samples, stages)
+    place = Storage(root) / entry.name / (name or "NAME")
+    _check_settings(settings, samples, stages, place)
+    lines = [*_plan(settings, samples, stages, place)]  # all before the first is printed: some may be refused
+    if note:
+        lines.append(note)
+    say(to_toml(settings))
+    for line in lines:
+        say(f"# {line}")
+    say(f"# folder: {place.root}{'' if name else ', NAME generated from data, model and time'}")
+    files = dict.fromkeys([*ALWAYS, *(file for stage in stages for file in stage.files)])
+    say(f"# files: {' '.join(files)} and plots and what else the method adds; checkpoints/ until it is done")
+
+
+def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[Stage], storage: Storage) -> None:
+    """Refuse what an experiment refuses once it knows the samples."""
+    from raypkg.coresets.reselection import check_selects_once
+    from raypkg.experiments.coreset_files import load_coreset
+    from raypkg.experiments.selection import check_target_samples, trained_models
+    from raypkg.experiments.trained import first_weights
+
+    n = len(samples.train_indices)
+    if isinstance(settings, SelectSettings):
+        check_selects_once(settings)
+        trained_models(settings, samples, RunFolder(storage))
+    elif isinstance(settings, Experiment):
+        given = getattr(settings, "coreset", None)
+        if given is not None:
+            load_coreset(given, samples, settings.dataset)
+            n = stages[-1].size(n)
+        settings.check(n, samples.data)
+        first_weights(settings, samples, storage.parent.parent.root)
+    if select := selection_of(settings):
+        check_target_samples(select, samples)
+
+
+def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], storage: Storage) -> Iterator[str]:
+    """Yield the lines of the plan."""
+    from raypkg.coresets.budgets import budget_of
+    from raypkg.coresets.rules import coreset
+    from raypkg.experiments.embedding import check_disk
+    from raypkg.experiments.samples import new_model
+
+    n = len(samples.train_indices)
+    train, test = samples.data
+    yield (
+        f"data: {len(train):,} samples, of which {n:,} to train on and {len(samples.held_out):,} held out, and"
+        f" {len(test):,} to test on; {train.num_classes} classes, shape {train.kind.words(train.shape)}"
+    )
+    if select := selection_of(settings):
+        if coreset[select.rule].sizes_itself:
+            yield f"selection: {select.rule}, of {n:,} samples as many as it sees fit: what follows is the most"
+        else:
+            yield f"selection: {select.rule}, {budget_of(select.fraction, n):,} of {n:,} samples"
+    if isinstance(settings, EmbedSettings):
+        embedding = planned(settings, samples.data, RunFolder(storage))
+        check_disk(embedding, storage)
+        parts = sum(map(len, embedding.parts.values()))
+        yield f"rows: {embedding.describe()}, about {readable(embedding.size)} on disk, in {parts} parts"
+    if isinstance(settings, Experiment):
+        model = new_model(settings, samples.data)
+        count = sum(each.numel() for each in model.parameters())
+        yield f"model: {settings.model.name}, {count:,} parameters"
+        yield COLUMNS.format("phase", "models", "epochs", "batch", "samples", "steps", "backward")
+        for stage in stages:
+            if not stage.rows:  # a phase without epochs
+                yield stage.phase
+                continue
+            an_epoch = f"{stage.size(n):,}"
+            if stage.whole:
+                an_epoch = f"{n:,}/{an_epoch}"
+            epochs, batch_size = f"{stage.epochs:,g}", f"{stage.batch_size:,}"
+            steps, backward_samples = f"{stage.steps(n):,}", f"{stage.backward(n):,}"
+            yield COLUMNS.format(stage.phase, stage.models, epochs, batch_size, an_epoch, steps, backward_samples)
+        backward = sum(stage.backward(n) for stage in stages)
+        training: Training = settings.train  # type: ignore[attr-defined]  # declared by each experiment
+        full = max(training.epochs, settings.epochs) * n
+        yield f"samples backward in the epochs of all phases: {backward:,}, {backward / full:.1%} of full training"
+
+        batch = min(training.at_once, stages[-1].size(n))
+        needed = step_memory(model, train, batch, training)
+        terms = " + ".join(f"{name} {readable(size)}" for name, size in needed.items())
+        yield f"memory of training: {readable(sum(needed.values()))} = {terms}"
+    yield f"workers: {_workers(settings.cluster)}"
+
+
+def _workers(cluster: Cluster) -> str:
+    """Return number and size of the workers by the settings alone, without a cluster."""
+    cpus = cluster.cpus_without_gpu
+    threads = f"{cpus} thread" + "s" * (cpus > 1)
+    if cluster.workers == 0:
+        return f"none, this process with {threads}"
+    count = cluster.workers or "as many as the cluster has and the batches allow, at most 8"
+    gpus = "a GPU where there are any" if cluster.gpus_per_worker is None else f"{cluster.gpus_per_worker:g} GPUs"
+    if cluster.cpus_per_worker is None and cluster.gpus_per_worker != 0:
+        threads = "1 thread (with a GPU, a share of its node's CPUs)"
+    return f"{count}; {threads} and {gpus} each"

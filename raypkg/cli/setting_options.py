@@ -72,7 +72,7 @@ def experiment_command(entry: Entry) -> click.Command:
     ) -> None:
         from raypkg.experiments.resolve import with_run
 
-        from .execute import execute, resume_run
+        from .execute import dry_run, execute, resume_run
 
         values = overrides(schema, given, pairs)
         if resume is not None and not dry:
@@ -80,8 +80,6 @@ def experiment_command(entry: Entry) -> click.Command:
             return
         base, values = with_run(schema, read_toml(config) if config else {}, values, root)
         if dry:
-            from .dry_run import dry_run
-
             dry_run(entry, base, values, label, root, resume)
         else:
             execute(entry, base, values, label, root)

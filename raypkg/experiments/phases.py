@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from raypkg.core.config import dotted
 from raypkg.core.registry import Registry
 from raypkg.core.settings import Experiment, RunSettings, Select, Training
-from raypkg.runs.folder import RunFolder
+from raypkg.runs.folder import CORESET, MODEL, RunFolder
 from raypkg.runs.report import Stage
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .samples import Samples
 
 R = TypeVar("R", bound=RunSettings)
-CORESET = "coreset.parquet"
 EMBEDDED = ("train.parquet", "test.parquet")
 COPIES = {"sgd": 1, "adamw": 2}  # numbers that the optimiser holds for each parameter; SGD only with momentum
 BOUND = 3 * 10**11  # operations; one process takes 10 to 20 s for as many, which Ray needs to start and end workers
@@ -79,7 +78,7 @@ def main_stage(settings: Experiment, share: float | None = None) -> Stage:
         batch_size=settings.train.batch_size,  # type: ignore[attr-defined]  # declared by each experiment
         size=size,
         whole=min(settings.epochs, getattr(select, "warm_epochs", 0)),
-        files=("model.safetensors", "model_record.parquet", *[CORESET] * has_coreset),
+        files=(MODEL, "model_record.parquet", *[CORESET] * has_coreset),
     )
 
 

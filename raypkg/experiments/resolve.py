@@ -27,7 +27,6 @@ from raypkg.core.settings import Experiment, Model, RunSettings, Select, Target,
 from raypkg.data.sources import dataset
 from raypkg.engine import hook
 from raypkg.models import model, tokenizer_of
-from raypkg.runs.catalog import locate
 from raypkg.runs.folder import CONFIG, MODEL, RunFolder
 from raypkg.runs.storage import Storage
 
@@ -84,6 +83,8 @@ def with_run(
     given = dotted(dict(base)) | dict(values)
     if not given.get("model_from"):
         return base, dict(values)
+    from raypkg.runs.catalog import locate
+
     run = locate(root, given["model_from"].partition(",")[0], having=MODEL)
     stored = {name: part for name, part in stored_settings(run).items() if name in ("dataset", "seed")}
     theirs = without(dotted(stored), schema.apart)

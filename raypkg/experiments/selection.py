@@ -15,11 +15,11 @@ from raypkg.engine.shards import Shard, Shards, WorkerShards, class_shards
 from raypkg.engine.worker import Worker
 from raypkg.runs.catalog import locate
 from raypkg.runs.checkpoints import load_tensors
-from raypkg.runs.folder import MODEL, RunFolder
+from raypkg.runs.folder import CORESET, MODEL, RunFolder
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .coreset_files import FILE, load_coreset, origin, save_coreset
+from .coreset_files import load_coreset, origin, save_coreset
 from .samples import Samples, samples_on
 from .train import SelectSettings
 from .trained import check_same_tokens, settings_of_trained
@@ -119,7 +119,7 @@ def _in_phase(
     """Do the phase's work, unless an earlier attempt did, and return the stored coreset."""
     check_target_samples(select, samples)
     report.phase("select", work, epochs=0)
-    path = f"{report.folder.storage.root}/{FILE}"
+    path = f"{report.folder.storage.root}/{CORESET}"
     return load_coreset(path, samples, settings.dataset)
 
 

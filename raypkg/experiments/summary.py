@@ -11,11 +11,12 @@ from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import IMAGES
 from raypkg.data.opening import wrong_share
 from raypkg.runs import plots
+from raypkg.runs.folder import CORESET, SCORES
 from raypkg.runs.plots import save_plot
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .coreset_files import FILE, SCORES, load_coreset, read_coreset
+from .coreset_files import load_coreset, read_coreset
 from .samples import Samples
 
 LEFT_OUT = {"costs", "elapsed", "files", "findings", "from", "main", "number"}  # of a phase's record
@@ -29,8 +30,8 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
     split = samples.data.train
     n = len(samples.train_indices)
     coreset = None
-    if FILE in folder.storage.list():
-        coreset = load_coreset(f"{folder.storage.root}/{FILE}", samples, settings.dataset)
+    if CORESET in folder.storage.list():
+        coreset = load_coreset(f"{folder.storage.root}/{CORESET}", samples, settings.dataset)
 
     costs = []
     figures: dict[str, Any] = {}  # the main phase's by name, the others' prefixed by the phase
@@ -82,7 +83,7 @@ def draw_coreset(storage: Storage, samples: Samples, coreset: Coreset) -> None:
     picked = torch.bincount(split.y[coreset.indices], minlength=split.num_classes).tolist()
     total = torch.bincount(split.y[samples.train_indices], minlength=split.num_classes).tolist()
     save_plot(storage, "composition", lambda path: plots.composition(picked, total, split.classes, path))
-    table = read_coreset(f"{storage.root}/{FILE}")
+    table = read_coreset(f"{storage.root}/{CORESET}")
     everyone = storage.read_table(SCORES)
     if everyone is None or "score" not in table.column_names:
         return

@@ -30,14 +30,12 @@ from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker, whole
 from raypkg.models.classifier import classifier
-from raypkg.runs.agreement import column_of
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
-from raypkg.runs.folder import GROWING, MODEL, NAME, Manifest
+from raypkg.runs.folder import CORESET, GROWING, MODEL, NAME, SCORES, Manifest
 from raypkg.runs.plots import save_plot
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .coreset_files import FILE, SCORES, save_coreset
 from .samples import Samples, augmentations, new_model, samples_on
 from .summary import LEFT_OUT
 from .trained import FIRST, FirstWeights
@@ -245,12 +243,14 @@ def _keep(run: Run, weights: dict[str, Tensor], job: Job, samples: Samples) -> d
             raise UserError(f"hook {kind}: its facts must be plain values: {error}") from None
         for name, table in left.tables.items():
             file = f"{name}.parquet" if job.main else f"{job.phase}_{name}.parquet"
-            if file in (FILE, SCORES, GROWING, record_of(job.result)):
+            if file in (CORESET, SCORES, GROWING, record_of(job.result)):
                 raise UserError(f"hooks: {file} is a file of the run's own, which no hook may leave")
             storage.write_table(file, table)
         for name, draw in left.plots.items():
             save_plot(storage, name, draw)
         if chosen := left.selected:
+            from .coreset_files import save_coreset
+
             save_coreset(storage, chosen.coreset, samples, job.experiment, chosen.origin, chosen.indices, chosen.scores)
         facts |= left.facts
         findings += left.findings
@@ -396,6 +396,8 @@ def load_record(storage: Storage, model: str, y: Tensor) -> Record:
     table = storage.read_table(record_of(model))
     if table is None:
         return Record.empty(y)
+    from .coreset_files import column_of
+
     path = f"{storage.root}/{record_of(model)}"
     if len(table) != len(y):
         raise UserError(f"{path} is of a training on {len(table)} samples, this data set has {len(y)}")

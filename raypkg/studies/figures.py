@@ -10,8 +10,7 @@ import numpy as np
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import RunSettings
-from raypkg.runs.agreement import SCORES, area_under_curve, picks_of, rank_correlation
-from raypkg.runs.folder import RunFolder
+from raypkg.runs.folder import SCORES, RunFolder
 from raypkg.runs.storage import Stored
 
 from .tables import COSTS, MAXIMA, METRICS
@@ -92,14 +91,31 @@ def column_figure(name: str, run: TrialRun, baseline: TrialRun | None) -> float 
     ``spearman`` and ``overlap`` compare scores and picks with the baseline of the same case and seed. Others are the
     cost of a phase, such as ``pretrain.total_seconds``, and figures of the manifest or of the function that followed.
     """
+    from raypkg.experiments.coreset_files import area_under_curve, picks_of, rank_correlation
+    from raypkg.experiments.samples import open_samples
+
     summary = run.summary or {}
     phase, dot, key = name.partition(".")
     if name == "spearman":
-        return None if baseline is None else rank_correlation(run.folder, baseline.folder)
-    if name == "overlap":
-        return None if baseline is None else _overlap(run, baseline)
-    if name == "noise_auc":
-        return _noise_auc(run)
+        return rank_correlation(run.folder, baseline.folder) if baseline else None
+    if name == "overlap":  # the share of the picks that are also the baseline's
+        if baseline is None:
+            return None
+        try:
+            picked, others = (picks_of(each.folder) for each in (run, baseline))
+        except UserError:  # one of them trained on all samples
+            return None
+        return len(np.intersect1d(picked, others)) / len(picked)
+    if name == "noise_auc":  # the area under the ROC curve of the scores as detectors of wrong labels
+        table = run.folder.storage.read_table(SCORES)
+        if table is None:
+            return None
+        parts = {name: run.folder.config[name] for name in ("seed", "dataset")}
+        split = open_samples(load_settings(RunSettings, parts)).data.train
+        if split.truth is None:
+            return None
+        wrong = (split.y != split.truth).numpy()[table["index"].to_numpy()]
+        return area_under_curve(table["score"].to_numpy(), wrong)
     if name == "critical_path":  # pre-training's samples backward, with a worker for every model
         samples = summary.get("pretrain_critical_samples")
         return bill(summary, "pretrain")["backward"] if samples is None else samples
@@ -110,31 +126,6 @@ def column_figure(name: str, run: TrialRun, baseline: TrialRun | None) -> float 
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value)
-
-
-def _overlap(run: TrialRun, baseline: TrialRun) -> float | None:
-    """Return the share of the picks that are also the baseline's."""
-    try:
-        picked = picks_of(run.folder)
-        others = picks_of(baseline.folder)
-    except UserError:  # one of them trained on all samples
-        return None
-    return len(np.intersect1d(picked, others)) / len(picked)
-
-
-def _noise_auc(run: TrialRun) -> float | None:
-    """Return the area under the ROC curve of the scores as detectors of wrong labels."""
-    from raypkg.experiments.samples import open_samples
-
-    table = run.folder.storage.read_table(SCORES)
-    if table is None:
-        return None
-    parts = {name: run.folder.config[name] for name in ("seed", "dataset")}
-    split = open_samples(load_settings(RunSettings, parts)).data.train
-    if split.truth is None:
-        return None
-    wrong = (split.y != split.truth).numpy()[table["index"].to_numpy()]
-    return area_under_curve(table["score"].to_numpy(), wrong)
 
 
 # Over seeds

@@ -1,13 +1,19 @@
-"""Outcomes of a comparison: figures of each row and case over the seeds, against the baseline."""
+"""Outcomes of a comparison: figures of each row and case over the seeds, against the baseline, and verdicts.
+
+Verdicts say whether a row pays against the baseline at equal total work. Work counts everything that a run computed,
+selection included: (forward + 2 · backward) / 3 samples, evaluation apart. Rows that are the baseline with more or less
+training give, for each seed, the baseline's metric as a function of work, linear in log(work) between them. A row pays
+if its paired differences from it are positive beyond doubt.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,14 +28,26 @@ from .figures import (
     column_figure,
     estimated,
     front,
+    half_interval,
     paired_difference,
 )
 from .study import Study
-from .tables import Table
-from .verdict import Point, Verdict, judge
+from .tables import NOT_PAID, PAID, UNKNOWN, Table
 
 COSTS = ("forward", "backward", "work", "seconds", "memory")
 CURVE = "accuracy"  # the metric of the learning curves
+EQUAL = 0.02  # relative difference of equal work
+Point = tuple[float, float]  # work and metric of a run
+
+
+class Verdict(NamedTuple):
+    """A verdict with its reason."""
+
+    word: str
+    # Mean of the paired differences at equal work, and half of its interval; NaN if unknown.
+    mean: float = math.nan
+    half: float = math.nan
+    seeds: int = 0
 
 
 @dataclass(frozen=True)
@@ -223,3 +241,39 @@ def mean_curve(runs: Sequence[TrialRun]) -> list[tuple[float, float]]:
     shortest = min(map(len, curves))
     stacked = np.array([curve[:shortest] for curve in curves])  # [runs, epochs, 2]
     return [(float(backward), float(value)) for backward, value in stacked.mean(0)]
+
+
+def judge(row: Mapping[int, Point], baseline: Mapping[int, Iterable[Point]], *, mode: str, verdicts: int) -> Verdict:
+    """Return the verdict on a row, from its runs and the baseline's by seed.
+
+    A table of rows without an effect has a verdict other than unknown with a probability of at most 5 %: intervals are
+    for all its ``verdicts`` together. A row with more work than any baseline can only fail, one with less can only pay.
+
+    >>> rows = {seed: (200.0, 0.9 + 0.001 * seed) for seed in range(3)}
+    >>> random = {seed: [(100.0, 0.7), (400.0, 0.8)] for seed in range(3)}
+    >>> judge(rows, random, mode="max", verdicts=1).word
+    'paid'
+    """
+    sign = 1 if mode == "max" else -1
+    differences = []
+    can_fail = can_pay = True
+    for seed, (work, value) in row.items():
+        curve = sorted(baseline.get(seed, ()))
+        if not curve:
+            continue
+        works, values = zip(*curve, strict=True)
+        can_pay &= work <= works[-1] * (1 + EQUAL)
+        can_fail &= work >= works[0] * (1 - EQUAL)
+        expected = float(np.interp(math.log(work), np.log(works), values))
+        differences.append(sign * (value - expected))
+    count = len(differences)
+    if count < 2:
+        return Verdict(UNKNOWN, seeds=count)
+    mean = fmean(differences)
+    half = half_interval(differences, verdicts)
+    word = UNKNOWN
+    if mean > half and can_pay:
+        word = PAID
+    elif mean < -half and can_fail:
+        word = NOT_PAID
+    return Verdict(word, sign * mean, half, count)

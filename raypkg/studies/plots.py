@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -11,9 +11,6 @@ from raypkg.runs.plots import BLUE, GREY, ORANGE, VERMILLION, count_axis, cut, h
 
 from .figures import DONE, Row
 from .outcomes import Case, Line
-
-if TYPE_CHECKING:
-    pass
 
 Results = Sequence[Row]
 Curve = Sequence[tuple[float, float]]

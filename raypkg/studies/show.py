@@ -27,10 +27,9 @@ from raypkg.runs.storage import Storage
 
 from . import plots
 from .figures import DONE, Difference, Estimate, Row, front, measured_points, ranked
-from .outcomes import Line, Outcomes
+from .outcomes import Line, Outcomes, Verdict
 from .study import BEST, FOLDER, RESULTS, Study, as_table, find_study, is_study, study_around
 from .tables import METRICS, NOT_PAID, PAID, REST, UNKNOWN, Table, stored_table
-from .verdict import Verdict
 
 MARKDOWN = "table.md"
 PAGE = "report.html"

@@ -24,7 +24,7 @@ from raypkg.experiments import experiment, training_settings_of
 SUFFIX = ".py"
 TABLES = "tune_spaces/tables"
 SCALES = ("small", "paper")
-VERDICTS = PAID, NOT_PAID, UNKNOWN = "paid", "did not pay", "unknown"  # on a row; see `verdict.judge`
+VERDICTS = PAID, NOT_PAID, UNKNOWN = "paid", "did not pay", "unknown"  # on a row; see `outcomes.judge`
 MOST_TRIALS = 10_000
 REST = "all"  # the one case of a table without cases
 Values = Mapping[str, Any]  # settings by dotted names

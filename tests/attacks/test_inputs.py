@@ -43,9 +43,9 @@ def imported():
     import torchvision.datasets  # noqa: F401
     import wandb  # noqa: F401
 
+    import raypkg.experiments.coreset_files
     import raypkg.methods.deltagrad.answer
     import raypkg.methods.sparse.export
-    import raypkg.runs.agreement
     import raypkg.runs.plots
     import raypkg.studies.tune  # noqa: F401
 

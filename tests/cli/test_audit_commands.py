@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import reference
+from raypkg.experiments.coreset_files import area_under_curve
 from raypkg.experiments.trained import load_model
 from raypkg.methods.deltagrad.run import open_recorded
-from raypkg.runs.agreement import area_under_curve
 from raypkg.runs.catalog import locate
 
 HERE = "--cluster.workers 0"

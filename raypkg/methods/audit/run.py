@@ -23,13 +23,13 @@ from raypkg.data.split import Split
 from raypkg.data.tokenizer import tokenizer_at
 from raypkg.engine.costs import Cost
 from raypkg.engine.shards import Shard, class_shards
+from raypkg.experiments.coreset_files import area_under_curve
 from raypkg.experiments.resolve import stored_settings
 from raypkg.experiments.samples import Samples, new_model, open_samples
 from raypkg.experiments.trained import settings_of_trained
 from raypkg.methods.deltagrad.run import open_recorded
 from raypkg.models.classifier import classifier
 from raypkg.runs import plots
-from raypkg.runs.agreement import area_under_curve
 from raypkg.runs.catalog import locate
 from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import CONFIG, LOG, MODEL, RunFolder

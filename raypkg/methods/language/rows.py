@@ -26,9 +26,10 @@ from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast
 from raypkg.engine.shards import Shard
 from raypkg.engine.worker import Worker
-from raypkg.experiments.coreset_files import FILE, load_coreset, save_coreset
+from raypkg.experiments.coreset_files import load_coreset, save_coreset
 from raypkg.experiments.embedding import PARTS, Part, bill_of, check_disk, complete, joined, parts_of, write_parts
 from raypkg.experiments.samples import Samples, new_model, samples_on
+from raypkg.runs.folder import CORESET
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
@@ -209,4 +210,4 @@ def select_instructions(settings: InstructSettings, samples: Samples, report: Re
         return {"costs": [cost.record()], "size": len(coreset), "findings": findings}
 
     report.phase("select", work, epochs=0)
-    return load_coreset(f"{storage.root}/{FILE}", samples, settings.dataset)
+    return load_coreset(f"{storage.root}/{CORESET}", samples, settings.dataset)

@@ -26,14 +26,15 @@ def run(settings: SparseSettings, *, samples: Samples, report: Report, workers: 
     Example:
         effray sparse --dataset digits --model mlp --density 0.1 --growth gradient --agent
     """
-    from raypkg.experiments.coreset_files import FILE, given_coreset
+    from raypkg.experiments.coreset_files import given_coreset
     from raypkg.experiments.summary import finish
     from raypkg.experiments.training import Job, train_on_cluster
+    from raypkg.runs.folder import CORESET
 
     storage = report.folder.storage
     coreset = None
     if settings.coreset is not None:
-        coreset = given_coreset(settings, settings.coreset, samples, storage, FILE)
+        coreset = given_coreset(settings, settings.coreset, samples, storage, CORESET)
     settings.check(len(samples.train_indices) if coreset is None else len(coreset), samples.data)
     job = Job(settings, settings.extended, storage, hooks=settings.hooks_used, coreset=coreset)
     train_on_cluster(job, samples, report, workers)
