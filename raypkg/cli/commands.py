@@ -16,11 +16,6 @@ from .runs import list_runs, remove_runs
 from .studies import compare_tables, report_page, tune
 
 
-def with_dashes(name: str) -> str:
-    """Return the form in which names of options and commands are looked up: ``--model_from`` is ``--model-from``."""
-    return name.replace("_", "-")
-
-
 class Effray(ExampleHelp, click.Group):
     """Fixed commands, and one for every experiment."""
 
@@ -50,7 +45,13 @@ class Effray(ExampleHelp, click.Group):
         return super().resolve_command(context, arguments)
 
 
-@click.group(cls=Effray, context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": with_dashes})
+CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda name: name.replace("_", "-"),  # ``--model_from`` is ``--model-from``
+}
+
+
+@click.group(cls=Effray, context_settings=CONTEXT)
 @click.version_option(package_name="effray")
 def effray() -> None:
     """Gradient-based, data-efficient training on Ray.

@@ -61,7 +61,8 @@ def plan(settings: Cluster, most: int | None = None) -> Plan:
     fit = room(cpus, gpus)
     workers = settings.workers or max(1, min(fit, bound))
     if workers > fit:
-        there = f"{processors():g} CPU and {all_gpus:g} GPU on {len(nodes)} nodes, room for {fit}"
+        all_cpus = sum(node.get("CPU", 0.0) for node in nodes)
+        there = f"{all_cpus:g} CPU and {all_gpus:g} GPU on {len(nodes)} nodes, room for {fit}"
         advice = "lower cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker"
         size = f"{cpus} CPU and {gpus:g} GPU"
         raise UserError(f"{workers} workers of {size} do not fit the cluster, which has {there}: {advice}")
@@ -94,11 +95,6 @@ def room(cpus: int, gpus: float) -> int:
         by_gpu = node.get("GPU", 0.0) // gpus if gpus else by_cpu
         fit += int(min(by_cpu, by_gpu))
     return fit
-
-
-def processors() -> float:
-    """Return the CPUs of the cluster."""
-    return sum(node.get("CPU", 0.0) for node in _nodes())
 
 
 def _nodes() -> list[Mapping[str, float]]:

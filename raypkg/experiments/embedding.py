@@ -114,11 +114,6 @@ class Embedding:
         width = self.backbone.width
         return f"{self.rows('train'):,} training and {self.rows('test'):,} test rows of {width:,} features"
 
-    @property
-    def digest(self) -> str:
-        """A digest of the backbone."""
-        return self.backbone.digest
-
     def compute(self, shard: Shard, part: Part, cost: Cost) -> pa.Table:
         """Return id, label and features of a part's samples."""
         split: Split = getattr(shard.data, part.split)
@@ -150,7 +145,7 @@ class Embedding:
 def embed(embedding: Embedding, data: Data, dataset: Dataset, cluster: Cluster, report: Report) -> None:
     """Compute all missing features, and leave train.parquet and test.parquet in the run folder."""
     storage = report.folder.storage
-    digest = embedding.digest
+    digest = embedding.backbone.digest
     nobody = torch.empty(0, dtype=torch.int64)
 
     def compute(missing: list[Part]) -> None:

@@ -57,8 +57,6 @@ def main_stage(settings: Experiment, share: float | None = None) -> Stage:
 
     ``share`` is the share of the samples in use, if it is not that of ``select``.
     """
-    from raypkg.coresets.budgets import budget_of
-
     select = getattr(settings, "select", None)
     given = getattr(settings, "coreset", None)
     if share is None and isinstance(select, Select):
@@ -69,7 +67,11 @@ def main_stage(settings: Experiment, share: float | None = None) -> Stage:
             from .coreset_files import read_coreset
 
             return len(read_coreset(given))
-        return n if share is None else budget_of(share, n)
+        if share is None:
+            return n
+        from raypkg.coresets.budgets import budget_of
+
+        return budget_of(share, n)
 
     has_coreset = share is not None or given is not None
     return Stage(

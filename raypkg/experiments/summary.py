@@ -16,7 +16,6 @@ from raypkg.runs.plots import save_plot
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .coreset_files import load_coreset, read_coreset
 from .samples import Samples
 
 LEFT_OUT = {"costs", "elapsed", "files", "findings", "from", "main", "number"}  # of a phase's record
@@ -31,6 +30,8 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
     n = len(samples.train_indices)
     coreset = None
     if CORESET in folder.storage.list():
+        from .coreset_files import load_coreset
+
         coreset = load_coreset(f"{folder.storage.root}/{CORESET}", samples, settings.dataset)
 
     costs = []
@@ -79,6 +80,8 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
 
 def draw_coreset(storage: Storage, samples: Samples, coreset: Coreset) -> None:
     """Draw a coreset's classes and, if its samples have scores, their distribution and the extreme images."""
+    from .coreset_files import read_coreset
+
     split = samples.data.train
     picked = torch.bincount(split.y[coreset.indices], minlength=split.num_classes).tolist()
     total = torch.bincount(split.y[samples.train_indices], minlength=split.num_classes).tolist()

@@ -73,7 +73,6 @@ def run_training(settings: TrainSettings, *, samples: Samples, report: Report, w
     Example:
         effray train --dataset digits --model resnet8 --select.fraction 0.5 --train.epochs 10
     """
-    from raypkg.experiments.coreset_files import GIVEN, given_coreset
     from raypkg.experiments.summary import finish
     from raypkg.experiments.training import Job, train_on_cluster
 
@@ -81,6 +80,8 @@ def run_training(settings: TrainSettings, *, samples: Samples, report: Report, w
     storage = report.folder.storage
     coreset = None
     if settings.coreset is not None:
+        from raypkg.experiments.coreset_files import GIVEN, given_coreset
+
         replaced = settings.select is not None and settings.select.every_epochs > 0
         coreset = given_coreset(settings, settings.coreset, samples, storage, GIVEN if replaced else CORESET)
     job = Job(settings, settings.train, storage, coreset=coreset, select=settings.select)

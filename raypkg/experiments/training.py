@@ -18,7 +18,6 @@ from raypkg.core.errors import UserError, shown
 from raypkg.core.registry import imported
 from raypkg.core.settings import Experiment, Reselect, Train, Training
 from raypkg.coresets.record import Record, Recorder
-from raypkg.coresets.rules import coreset as coreset_rule
 from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import IMAGES
 from raypkg.data.split import at_hand
@@ -108,8 +107,11 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
         if views != "plain" and samples.data.train.kind is not IMAGES:
             raise UserError(f"train.evaluate_views = {views}: the samples are no images, {views} ones do not exist")
         model = new_model(job.experiment, samples.data)
-        if job.select and job.selects and coreset_rule[job.select.rule].sees == "gradients":
-            classifier(model, f"select.rule = {job.select.rule}")
+        if job.select and job.selects:
+            from raypkg.coresets.rules import coreset as coreset_rule
+
+            if coreset_rule[job.select.rule].sees == "gradients":
+                classifier(model, f"select.rule = {job.select.rule}")
         if job.initial:
             model.load_state_dict(load_tensors(job.storage, job.initial))
         split = samples.data.train

@@ -11,6 +11,7 @@ from typing import Any
 from raypkg.core.address import folder_and_name
 from raypkg.core.config import dotted, load_settings
 from raypkg.core.errors import UserError, shown
+from raypkg.core.registry import imported
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import experiment, training_settings_of
 from raypkg.experiments.phases import BOUND, operations, stages_of
@@ -25,7 +26,6 @@ from .outcomes import Outcomes
 from .space import base_of, check_counts, check_data, check_trial, data_digests, samples_of, varied
 from .study import FOLDER, RECORD, Order, Study, Trial, create_study, find_study
 from .tables import METRICS, REST, Table, stored_table, with_data
-from .trial import imported_function
 
 # A trial on one core, as measured on small plans: operations a second, overhead of a step, and start and end.
 OPERATIONS_A_SECOND, STEP_SECONDS, TRIAL_SECONDS = BOUND / 15, 0.005, 1.5
@@ -180,7 +180,7 @@ def base_settings(table: Table, config: Path | None, values: Mapping[str, Any]) 
 def check_comparison(table: Table, settings: Experiment) -> None:
     """Refuse a trial that a single run would refuse, or that would not measure the metric."""
     for name in table.after.values():
-        imported_function(name)
+        imported("after function", name)
     for case in table.cases:
         for row in table.rows:
             try:

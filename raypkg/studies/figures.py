@@ -136,7 +136,6 @@ class Estimate(NamedTuple):
 
     mean: float
     std: float  # standard deviation with n − 1; NaN for one seed
-    seeds: int
 
 
 class Difference(NamedTuple):
@@ -144,24 +143,18 @@ class Difference(NamedTuple):
 
     mean: float
     half: float  # half the width of the 95 % interval, t · s / √n; NaN for one seed
-    seeds: int
-
-    @property
-    def is_significant(self) -> bool:
-        """Whether the interval excludes zero."""
-        return abs(self.mean) > self.half
 
 
 def estimated(values: Iterable[float]) -> Estimate | None:
     """Return mean and standard deviation, or None without any value.
 
     >>> estimated([1.0, 2.0, 3.0])
-    Estimate(mean=2.0, std=1.0, seeds=3)
+    Estimate(mean=2.0, std=1.0)
     """
     known = list(values)
     if not known:
         return None
-    return Estimate(fmean(known), stdev(known) if len(known) > 1 else math.nan, len(known))
+    return Estimate(fmean(known), stdev(known) if len(known) > 1 else math.nan)
 
 
 def half_interval(values: list[float], comparisons: int) -> float:
@@ -182,10 +175,10 @@ def paired_difference(
     1.5
     """
     differences = [values[seed] - baseline[seed] for seed in values if seed in baseline]
-    n = len(differences)
-    if not n:
+    if not differences:
         return None
-    return Difference(fmean(differences), half_interval(differences, comparisons) if n > 1 else math.nan, n)
+    half = half_interval(differences, comparisons) if len(differences) > 1 else math.nan
+    return Difference(fmean(differences), half)
 
 
 # Order of trials

@@ -32,20 +32,24 @@ def is_share(metric: str) -> bool:
 def against_settings(results: Results, names: Sequence[str], metric: str, path: Png) -> None:
     """Draw the metric against each setting, a point for each trial; those that are not done are hollow."""
     rows = [row for row in results if row.get(metric) is not None]
-    values = _column(rows, metric)
+    values = [row[metric] for row in rows]
     colours = [BLUE if row["state"] == DONE else "none" for row in rows]
     across = max(1, min(COLUMNS, len(names)))
     down = max(1, math.ceil(len(names) / across))
     with page(path) as figure:
         panels = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
         for axes, name in zip(panels, names, strict=False):
-            positions, ticks = _positions(_column(rows, name))
+            column = [row.get(name) for row in rows]
+            if all(isinstance(value, int | float) and not isinstance(value, bool) for value in column):
+                positions, ticks = np.array(column, dtype=float), np.array([])
+            else:  # other values stand in the order of their names
+                ticks, positions = np.unique([str(value) for value in column], return_inverse=True)
             axes.scatter(positions, values, s=40, facecolors=colours, edgecolors=BLUE)
             axes.set_title(name)
             axes.margins(0.1)
-            if ticks:
+            if len(ticks):
                 axes.set_xticks(range(len(ticks)), ticks)
-            elif _spans_decades(positions):
+            elif len(rows) and positions.min() > 0 and positions.max() / positions.min() > WIDE:
                 axes.set_xscale("log")
                 shown = np.geomspace(positions.min(), positions.max(), 3)
                 axes.set_xticks(shown, [f"{value:.2g}" for value in shown])
@@ -146,29 +150,6 @@ def _colour(line: Line) -> str:
     return VERMILLION if line.on_front else BLUE
 
 
-def _column(rows: Results, name: str) -> list[Any]:
-    return [row.get(name) for row in rows]
-
-
 def _transposed(points: Curve) -> np.ndarray:
     """Return the coordinates of points, [2, n]."""
     return np.array(points, dtype=float).reshape(-1, 2).T
-
-
-def _positions(values: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
-    """Return positions on an axis: numbers as they are, other values in the order of their names, with these names."""
-    if all(map(_is_number, values)):
-        return np.array(values, dtype=float), []
-    names, places = np.unique([str(value) for value in values], return_inverse=True)
-    return places.astype(float), names.tolist()
-
-
-def _spans_decades(positions: np.ndarray) -> bool:
-    """Return True if positive values suit a logarithmic axis."""
-    if not len(positions) or positions.min() <= 0:
-        return False
-    return bool(positions.max() / positions.min() > WIDE)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

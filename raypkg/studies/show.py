@@ -385,7 +385,7 @@ def _difference(value: Difference | None, metric: str) -> str:
     if math.isnan(value.half):
         return mean
     half = _signed(value.half, metric).lstrip("+")
-    return f"{mean} ± {half}{' !' if value.is_significant else ''}"
+    return f"{mean} ± {half}{' !' if abs(value.mean) > value.half else ''}"
 
 
 def _signed(value: float, metric: str) -> str:

@@ -12,7 +12,7 @@ from raypkg.experiments.phases import stages_of
 from raypkg.methods.lipt.settings import LiptSettings
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
-from raypkg.studies import trial as trials
+from raypkg.studies import driver as trials
 from raypkg.studies.driver import donors_first
 from raypkg.studies.study import find_study
 from run_files import files

@@ -176,7 +176,7 @@ def table_of(**changes):
     [
         ({"rows": {"a": {}, "b": {"train.lr": -1}}}, {}, r"row 'b', case 'all': train\.lr = -1: input should be"),
         ({"rows": {"a": {}, "b": {"model": "mpl"}}}, {}, "row 'b', case 'all': unknown model 'mpl'"),
-        ({"after": {"a": "nowhere:f"}}, {}, "after 'nowhere:f' cannot be imported"),
+        ({"after": {"a": "nowhere:f"}}, {}, "unknown after function or module 'nowhere:f'"),
         ({}, {"seed": 1}, "seed is what the rows or cases of the table differ in and cannot be given: see --seeds"),
     ],
 )
