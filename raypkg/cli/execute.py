@@ -18,7 +18,7 @@ from raypkg.experiments.phases import stages_of, step_memory, with_workers
 from raypkg.experiments.resolve import resolve, selection_of, stored_settings
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.train import EmbedSettings, SelectSettings, planned
-from raypkg.runs.folder import RunFolder, check_new, create, discard
+from raypkg.runs.folder import RunFolder, check_new, create
 from raypkg.runs.report import Stage
 from raypkg.runs.show import show_run, show_unfinished, terminal
 from raypkg.runs.storage import Storage
@@ -41,7 +41,7 @@ def execute(entry: Entry, base: Mapping[str, Any], values: Mapping[str, Any], na
             _run(entry, settings, samples, folder, root, note)
         except BaseException:
             if not folder.started:
-                discard(folder.storage)
+                folder.storage.delete_folder()
             raise
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raypkg.core.errors import UserError, unknown
-from raypkg.core.settings import Dataset
+from raypkg.core.settings import Dataset, Experiment
 from raypkg.data import Data
 from raypkg.data.files import files_below, place_of
 from raypkg.data.kinds import IMAGES, TEXTS, kind_of
@@ -31,12 +31,12 @@ CONFIDENT = 1.96  # standard deviations of a 95 % interval
 FORMATS = (".parquet", ".csv", ".jsonl")
 
 
-def trained_classifier(folder: RunFolder) -> tuple[TrainedClassifier, Data]:
-    """Return the model and the data of a run; refuse a language model, whose outputs are no classes."""
-    model, data = model_and_data(folder)
+def trained_classifier(folder: RunFolder) -> tuple[TrainedClassifier, Data, Experiment]:
+    """Return model, data and settings of a run; refuse a language model, whose outputs are no classes."""
+    model, data, settings = model_and_data(folder)
     if not isinstance(model, TrainedClassifier):
         raise UserError(f"run {folder.name!r} trained a language model: load it with raypkg.load_model")
-    return model, data
+    return model, data, settings
 
 
 # New samples
@@ -51,11 +51,10 @@ def predictions_of(folder: RunFolder, source: str) -> pa.Table:
     Raises:
         UserError: nothing to read there, unreadable files, columns of training that are missing.
     """
-    model, data = trained_classifier(folder)
-    options = settings_of_trained(folder).dataset.options
+    model, data, settings = trained_classifier(folder)
     names: list[Any] = []
     parts = []
-    for inputs, samples in _batches(model, data.train, source, options):
+    for inputs, samples in _batches(model, data.train, source, settings.dataset.options):
         names += inputs
         parts.append(model.predict(samples).probabilities)
     if not parts:
@@ -208,8 +207,7 @@ def evaluate_run(folder: RunFolder, dataset: Dataset | None, split: str) -> tupl
     Raises:
         UserError: samples of another shape or tokens, or a class that the model does not know.
     """
-    model, data = trained_classifier(folder)
-    own = settings_of_trained(folder)
+    model, data, own = trained_classifier(folder)
     if dataset is not None:
         data = open_data(dataset)
     samples: Split = getattr(data, split)

@@ -22,8 +22,8 @@ LEFT_OUT = {"costs", "elapsed", "files", "findings", "from", "main", "number"}  
 SHOWN = 16  # images in each of the two galleries
 
 
-def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: int = 0) -> dict[str, Any]:
-    """Draw the plots, write the manifest, and delete what only an unfinished run needs; return the manifest."""
+def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: int = 0) -> None:
+    """Draw the plots, write the manifest, and delete what only an unfinished run needs."""
     folder = report.folder
     records = report.records
     split = samples.data.train
@@ -75,7 +75,6 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
     if coreset is not None:
         draw_coreset(folder.storage, samples, coreset)
     folder.finish(summary)
-    return summary
 
 
 def draw_coreset(storage: Storage, samples: Samples, coreset: Coreset) -> None:

@@ -146,14 +146,14 @@ def load_model(run: str | Path, root: str = ROOT) -> TrainedClassifier | Languag
     return model_and_data(locate(root, str(run), having=MODEL))[0]
 
 
-def model_and_data(folder: RunFolder) -> tuple[TrainedClassifier | LanguageModel, Data]:
-    """Return the trained model of a run, in evaluation mode, and its data set."""
+def model_and_data(folder: RunFolder) -> tuple[TrainedClassifier | LanguageModel, Data, Experiment]:
+    """Return the trained model of a run, in evaluation mode, its data set and its settings."""
     settings = settings_of_trained(folder)
     data = open_samples(settings).data
     model = restored_model(folder, settings, data)
     if isinstance(model, Classifier):
         model = TrainedClassifier(model, data.train, settings.dataset.options.get("tokenizer", ""))
-    return model.eval(), data
+    return model.eval(), data, settings
 
 
 def check_has_model(folder: RunFolder) -> None:

@@ -296,4 +296,4 @@ def remove(storage: Storage) -> None:
         storage = hidden
     if SUMMARY in storage.list():
         storage.delete(SUMMARY)
-    storage.delete_folder("", last=CONFIG)
+    storage.delete_folder(last=CONFIG)

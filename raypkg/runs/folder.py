@@ -367,7 +367,7 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
         write_settings(storage, settings)  # last: with them, the run can be resumed
         storage.settle()
     except BaseException:
-        discard(storage)
+        storage.delete_folder()
         raise
     return RunFolder(storage)
 
@@ -377,11 +377,6 @@ def _taken(runs: Storage, name: str) -> UserError:
     if CONFIG not in (runs / name).list():  # its process died, or is about to write them
         advice = "it has no settings yet; if no process is starting it, delete the folder"
     return UserError(f"run {name!r} exists in {runs.root}: {advice}")
-
-
-def discard(storage: Storage) -> None:
-    """Delete a run folder that this process created."""
-    storage.delete_folder("")
 
 
 def check_name(name: str) -> None:

@@ -258,7 +258,7 @@ class Storage:
         with _one_line("delete", self._full(name)):
             self._fs.delete_file(self._full(name))
 
-    def delete_folder(self, name: str, last: str = "") -> None:
+    def delete_folder(self, name: str = "", last: str = "") -> None:
         """Delete a folder and its content, if it exists, a file named ``last`` after the others; follow no links."""
         folder = self._full(name).rstrip("/")
         with _one_line("delete", folder), suppress(FileNotFoundError):

@@ -15,16 +15,15 @@ from raypkg.core.registry import imported
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import experiment, training_settings_of
 from raypkg.experiments.phases import BOUND, operations, stages_of
-from raypkg.experiments.resolve import check_code, resolve
+from raypkg.experiments.resolve import resolve
 from raypkg.models import model
-from raypkg.runs.folder import discard
 from raypkg.runs.storage import Storage
 
-from .driver import Driver, check_root
+from .driver import Driver, check_root, reopened
 from .figures import HELD_OUT
 from .outcomes import Outcomes
 from .space import base_of, check_counts, check_data, check_trial, data_digests, samples_of, varied
-from .study import FOLDER, RECORD, Order, Study, Trial, create_study, find_study
+from .study import FOLDER, Order, Study, Trial, create_study, find_study
 from .tables import METRICS, REST, Table, stored_table, with_data
 
 # A trial on one core, as measured on small plans: operations a second, overhead of a step, and start and end.
@@ -95,7 +94,7 @@ def compare_rows(
             driver = Driver(study, settings, root, table=table)
         except BaseException:  # no cluster, or one too small
             if is_new:
-                discard(study.storage)
+                study.storage.delete_folder()
             raise
         driver.run()
         return words(study, table)
@@ -147,15 +146,10 @@ def resume_comparison(name: str, values: Mapping[str, Any], concurrent: int | No
         raise UserError(
             f"--resume {name} keeps the settings: {fixed} cannot change, only cluster.*, track.* and --concurrent"
         )
-    check_root(root)
-    study = find_study(root, name)
+    study = reopened(root, name)
     if study.order.table is None or study.order.asked != asked:
         raise UserError(f"{name!r} is no comparison of table {asked}: continue it with {study.command} --resume {name}")
     check_counts({"concurrent": concurrent})
-    check_code(study.storage, study.config)
-    for trial in study.trials:
-        check_code(study.storage, trial.settings, RECORD)
-        check_code(study.storage, {"after": trial.after or ""}, RECORD)
     settings = load_settings(training_settings_of(experiment[study.experiment]), study.config, values)
     check_data(study, settings)
     with study.storage.locked(f"comparison {name!r}"):

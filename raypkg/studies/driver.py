@@ -20,7 +20,7 @@ from raypkg.core.seeds import derive
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import carry_out, experiment, open_run, training_settings_of
 from raypkg.experiments.phases import Donors, stages_of
-from raypkg.experiments.resolve import resolve
+from raypkg.experiments.resolve import check_code, resolve
 from raypkg.runs import folder as run_folder
 from raypkg.runs.catalog import resuming
 from raypkg.runs.folder import CONFIG, RunFolder
@@ -32,7 +32,7 @@ from raypkg.runs.storage import Storage
 from .figures import AFTER, DONE, TrialRun
 from .show import conclude, show_study
 from .space import EVALUATE, longest_of
-from .study import Study, Values
+from .study import RECORD, Study, Values, find_study
 from .tables import Table
 
 if TYPE_CHECKING:  # they import Ray, which a mistake in the settings need not wait for
@@ -204,6 +204,17 @@ def donors_first(trials: Trials, stages: Sequence[Stage]) -> Trials:
     donors = set(first.values())
     seeds = list(dict.fromkeys(values["seed"] for _, values in trials))
     return sorted(trials, key=lambda trial: (seeds.index(trial[1]["seed"]), trial[0] not in donors))
+
+
+def reopened(root: str, name: str) -> Study:
+    """Open an existing study to run its trials; refuse code in its record that is not trusted."""
+    check_root(root)
+    study = find_study(root, name)
+    check_code(study.storage, study.config)
+    for trial in study.trials:
+        check_code(study.storage, trial.settings, RECORD)
+        check_code(study.storage, {"after": trial.after or ""}, RECORD)
+    return study
 
 
 def check_root(root: str) -> None:

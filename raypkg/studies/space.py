@@ -236,11 +236,13 @@ def data_digests(base: Experiment, trials: Iterable[Values]) -> Iterator[str]:
 
 def check_data(study: Study, settings: Experiment) -> None:
     """Refuse to continue a study of other data, by the digests in the record or else in the runs of its trials."""
-    known = {number: trial for number, trial in enumerate(study.trials) if trial.settings}
-    digests = data_digests(settings, (trial.settings or {} for trial in known.values()))
-    for (number, trial), digest in zip(known.items(), digests, strict=True):
+    known = study.known()
+    digests = data_digests(settings, (values for _, values in known))
+    for (number, _), digest in zip(known, digests, strict=True):
         run = study.run_storage(number)
-        stored = trial.digest or (CONFIG in run.list() and read_settings(run).get("dataset", {}).get("digest"))
+        stored = study.trials[number].digest or (
+            CONFIG in run.list() and read_settings(run).get("dataset", {}).get("digest")
+        )
         if stored and stored != digest:
             problem = f"the data of {study.run_name(number)} are not those that it began with"
             raise UserError(f"{problem}: give another --name, or delete {study.name!r} and its trials")

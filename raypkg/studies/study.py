@@ -24,7 +24,7 @@ from raypkg.core.settings import APART
 from raypkg.experiments import experiment, training_settings_of
 from raypkg.runs.catalog import DONE as FINISHED
 from raypkg.runs.catalog import RECORD, Listed, is_study, named, state_of, unreadable
-from raypkg.runs.folder import RunFolder, check_name, discard, read_settings, write_settings
+from raypkg.runs.folder import RunFolder, check_name, read_settings, write_settings
 from raypkg.runs.storage import PART, Storage
 
 from .figures import AFTER, DONE, Row, TrialRun, ranked
@@ -160,7 +160,7 @@ class Study:
 
     def runs(self) -> dict[int, TrialRun]:
         """Read the run of every trial whose settings are known."""
-        return {number: TrialRun(self.run(number)) for number, trial in enumerate(self.trials) if trial.settings}
+        return {number: TrialRun(self.run(number)) for number, _ in self.known()}
 
     def lasting(self, number: int) -> dict[str, Any]:
         """Return those settings of a trial's run that affect its result."""
@@ -168,6 +168,10 @@ class Study:
         return {name: part for name, part in settings.items() if name not in APART}
 
     # Trials
+
+    def known(self) -> list[tuple[int, Values]]:
+        """Return number and settings of the trials whose settings are known."""
+        return [(number, trial.settings) for number, trial in enumerate(self.trials) if trial.settings]
 
     def state(self, number: int) -> str:
         """Return a trial's state: its run folder outweighs the record, which kills and deletions leave behind."""
@@ -185,8 +189,7 @@ class Study:
 
     def waiting(self) -> list[tuple[int, Values]]:
         """Return number and settings of the trials to run: new, unfinished and failed ones."""
-        known = [(number, trial.settings) for number, trial in enumerate(self.trials) if trial.settings]
-        return [trial for trial in known if self.state(trial[0]) in (UNFINISHED, FAILED)]
+        return [trial for trial in self.known() if self.state(trial[0]) in (UNFINISHED, FAILED)]
 
     def further(self) -> list[int]:
         """Return the numbers of the trials without settings, for a searcher to propose."""
@@ -195,8 +198,7 @@ class Study:
 
     def numbers(self) -> dict[str, int]:
         """Return the numbers of the known trials by their identity; see ``tables.identity``."""
-        known = [(number, trial) for number, trial in enumerate(self.trials) if trial.settings]
-        return {identity(trial.settings or {}, trial.after): number for number, trial in known}
+        return {identity(settings, self.trials[number].after): number for number, settings in self.known()}
 
     def left(self) -> int:
         """Return the number of trials still to run."""
@@ -304,7 +306,7 @@ def create_study(
             except OSError:  # another process was faster
                 raise exists from None
     except BaseException:
-        discard(new)
+        new.delete_folder()
         raise
     return Study(storage)
 

@@ -12,11 +12,10 @@ from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART
 from raypkg.experiments import training_settings_of
-from raypkg.experiments.resolve import check_code, check_file_of_code, check_names, resolve
-from raypkg.runs.folder import discard
+from raypkg.experiments.resolve import check_file_of_code, check_names, resolve
 from raypkg.runs.show import terminal
 
-from .driver import Driver, check_root
+from .driver import Driver, check_root, reopened
 from .show import conclude, show_study
 from .space import (
     base_of,
@@ -33,7 +32,7 @@ from .space import (
     varied,
     without,
 )
-from .study import RECORD, SPACE, TO_THE_END, Trial, Values, create_study, find_study
+from .study import RECORD, SPACE, TO_THE_END, Trial, Values, create_study
 
 CHANGEABLE = ("concurrent", "time_budget")  # options of a resumed sweep
 Asked = Mapping[str, Any]  # given options by their names in Order
@@ -77,7 +76,7 @@ def start_sweep(
         try:
             driver = Driver(study, settings, root, space.domains)
         except BaseException:  # no cluster, or one too small
-            discard(study.storage)
+            study.storage.delete_folder()
             raise
         driver.run()
 
@@ -93,8 +92,7 @@ def resume_sweep(entry: Entry, asked: Asked, name: str, values: Mapping[str, Any
         others = "only --concurrent, --time-budget, cluster.* and track.*"
         raise UserError(f"--resume {name} keeps what was asked for: {fixed[0]} cannot change, {others}")
     check_counts(asked)
-    check_root(root)
-    study = find_study(root, name)
+    study = reopened(root, name)
     path = study.storage.root
     if study.experiment != entry.name:
         raise UserError(f"sweep {name!r} is of {study.experiment}, not of {entry.name}")
@@ -102,9 +100,6 @@ def resume_sweep(entry: Entry, asked: Asked, name: str, values: Mapping[str, Any
         raise UserError(f"{name!r} is a comparison: continue it with {study.command} --resume {name}")
     if study.order.scheduler == "none":
         raise UserError(f"{path}/{RECORD}: scheduler none is now called {TO_THE_END}")
-    check_code(study.storage, study.config)
-    for trial in study.trials:
-        check_code(study.storage, trial.settings, RECORD)
     check_file_of_code(study.storage, SPACE)
     schema = training_settings_of(entry)
     settings = load_settings(schema, study.config, values)
