@@ -11,7 +11,7 @@ from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.resolve import with_absolute_paths
 from raypkg.experiments.trained import fitted
 from raypkg.models.classifier import Classifier
-from raypkg.studies.space import varied
+from raypkg.studies.driver import varied
 
 
 def model(inputs=4, width=5, classes=3):

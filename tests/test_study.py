@@ -26,10 +26,9 @@ from raypkg.studies import plots
 from raypkg.studies.driver import run_trial
 from raypkg.studies.figures import TrialRun, estimated, front, measured_points, paired_difference, ranked
 from raypkg.studies.show import conclude, show_study, write_page
-from raypkg.studies.space import Space, order_of
 from raypkg.studies.study import Order, Record, Study, Trial, create_study, find_study, folded, is_study
 from raypkg.studies.tables import current_function
-from raypkg.studies.tune import resume_sweep
+from raypkg.studies.tune import Space, order_of, resume_sweep
 
 ORDER = Order(experiment="crest", metric="accuracy", mode="max", samples=4)
 TAUS = [0.01, 0.02, 0.03, 0.04]

@@ -19,10 +19,20 @@ from raypkg.experiments.resolve import resolve
 from raypkg.models import model
 from raypkg.runs.storage import Storage
 
-from .driver import Driver, check_root, reopened
+from .driver import (
+    Driver,
+    base_of,
+    check_counts,
+    check_data,
+    check_root,
+    check_trial,
+    data_digests,
+    reopened,
+    samples_of,
+    varied,
+)
 from .figures import HELD_OUT
 from .outcomes import Outcomes
-from .space import base_of, check_counts, check_data, check_trial, data_digests, samples_of, varied
 from .study import FOLDER, Order, Study, Trial, create_study, find_study
 from .tables import METRICS, REST, Table, stored_table, with_data
 

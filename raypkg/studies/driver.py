@@ -1,4 +1,4 @@
-"""The driver of a study, which runs the trials that are left, then writes and shows the results; and one trial.
+"""Running a study: checks beforehand, the driver that runs the trials that are left, and one trial.
 
 A trial runs in the process that Ray Tune gives it, or in the driver's.
 """
@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from rich.console import Console
 
-from raypkg.core.config import load_stored
-from raypkg.core.errors import Interruption, UserError, redacted
+from raypkg.core.config import Settings, leaves, load_settings, load_stored, read_toml
+from raypkg.core.errors import Interruption, UserError, redacted, shown
 from raypkg.core.registry import imported
 from raypkg.core.seeds import derive
-from raypkg.core.settings import APART, Experiment
+from raypkg.core.settings import APART, Dataset, Experiment, RunSettings, Training
 from raypkg.experiments import carry_out, experiment, open_run, training_settings_of
 from raypkg.experiments.phases import Donors, stages_of
-from raypkg.experiments.resolve import check_code, resolve
+from raypkg.experiments.resolve import check_code, check_names, resolve
+from raypkg.experiments.samples import Samples
 from raypkg.runs import folder as run_folder
 from raypkg.runs.catalog import resuming
-from raypkg.runs.folder import CONFIG, RunFolder
+from raypkg.runs.folder import CONFIG, RunFolder, read_settings
 from raypkg.runs.plots import in_full
 from raypkg.runs.report import Stage
 from raypkg.runs.show import terminal
@@ -31,15 +34,17 @@ from raypkg.runs.storage import Storage
 
 from .figures import AFTER, DONE, TrialRun
 from .show import conclude, show_study
-from .space import EVALUATE, longest_of
 from .study import RECORD, Study, Values, find_study
-from .tables import Table
+from .tables import METRICS, Table
 
 if TYPE_CHECKING:  # they import Ray, which a mistake in the settings need not wait for
     from raypkg.cluster.capacity import TrialSize
     from raypkg.cluster.search import Proposals
 
 Trials = Sequence[tuple[int, Values]]  # numbers and settings
+MOST = 10_000  # trials of a study, and values of a setting: each is checked beforehand
+EVALUATE = "train.evaluate_every_epochs"  # 1 unless given: schedulers compare trials epoch by epoch
+E = TypeVar("E", bound=Experiment)
 WORST = 1e30  # finite, as schedulers take means
 RowListener = Callable[[dict[str, Any]], None]
 
@@ -222,6 +227,113 @@ def check_root(root: str) -> None:
     if redacted(root) != root:
         advice = "leave them to the environment, such as AWS_ACCESS_KEY_ID"
         raise UserError(f"--root has credentials in it, which Ray Tune would keep in its own files: {advice}")
+
+
+# Checks before the first trial starts
+
+
+def base_of(schema: type[Settings], config: Path | None) -> dict[str, Any]:
+    """Return the settings in a file, with an evaluation after every epoch unless it says otherwise."""
+    base = read_toml(config) if config else {}
+    train = base.get("train", {})
+    if EVALUATE in dict(leaves(schema)) and isinstance(train, dict):
+        base["train"] = {"evaluate_every_epochs": 1, **train}
+    return base
+
+
+def check_counts(asked: Mapping[str, Any]) -> None:
+    """Refuse too few or too many trials, in all or at once."""
+    for option in ("samples", "concurrent"):
+        count = asked.get(option)
+        if count is not None and not 1 <= count <= MOST:
+            raise UserError(f"--{option} {shown(count)}: at least 1 and at most {MOST:,}")
+
+
+def varied(base: E, values: Mapping[str, Any]) -> E:
+    """Return the shared settings with those of a trial; raise ``UserError`` if one is unknown or invalid."""
+    return load_settings(type(base), base.model_dump(mode="json"), values)
+
+
+def check_trial(metric: str, base: Experiment, values: Values) -> int:
+    """Refuse settings of a trial that a single run would refuse, or with which no epoch would have the metric.
+
+    Return the number of its training samples.
+    """
+    from raypkg.experiments.coreset_files import load_coreset
+
+    trial = varied(base, values)
+    check_names(trial)
+    if METRICS[metric].held_out:
+        if not trial.dataset.validation:
+            raise UserError(f"metric {metric} is measured on held-out samples: dataset.validation = 0 holds out none")
+        train: Training = trial.train  # type: ignore[attr-defined]  # every experiment declares its own
+        every = train.evaluate_every_epochs
+        if not 0 < every <= trial.epochs:
+            raise UserError(f"metric {metric} would never be measured: {EVALUATE} = {every} of {trial.epochs} epochs")
+    samples = samples_of(trial)
+    n = len(samples.train_indices)
+    given = getattr(trial, "coreset", None)
+    if given is not None:
+        n = len(load_coreset(given, samples, trial.dataset))
+    trial.check(n, samples.data)
+    return n
+
+
+def samples_of(settings: Experiment) -> Samples:
+    """Return the samples of a trial; the last ones stay open."""
+    return _opened(json.dumps(settings.dataset.model_dump(mode="json")), settings.seed)
+
+
+def data_digests(base: Experiment, trials: Iterable[Values]) -> Iterator[str]:
+    """Yield the digest of each trial's samples; a data set is opened once, or once for each seed that draws in it."""
+    known: dict[tuple[str, int | None], str] = {}
+    for values in trials:
+        trial = varied(base, values)
+        dataset = json.dumps(trial.dataset.model_dump(mode="json", exclude={"digest"}))
+        key = dataset, trial.seed if trial.dataset.is_drawn else None
+        if key not in known:
+            known[key] = _opened(dataset, trial.seed).digest(trial.dataset)
+        yield known[key]
+
+
+def check_data(study: Study, settings: Experiment) -> None:
+    """Refuse to continue a study of other data, by the digests in the record or else in the runs of its trials."""
+    known = study.known()
+    digests = data_digests(settings, (values for _, values in known))
+    for (number, _), digest in zip(known, digests, strict=True):
+        run = study.run_storage(number)
+        stored = study.trials[number].digest or (
+            CONFIG in run.list() and read_settings(run).get("dataset", {}).get("digest")
+        )
+        if stored and stored != digest:
+            problem = f"the data of {study.run_name(number)} are not those that it began with"
+            raise UserError(f"{problem}: give another --name, or delete {study.name!r} and its trials")
+
+
+@lru_cache(maxsize=2)
+def _opened(dataset: str, seed: int) -> Samples:
+    """Open the samples of trials, which mostly share them."""
+    from raypkg.experiments.samples import open_samples
+
+    return open_samples(RunSettings(seed=seed, dataset=Dataset.model_validate_json(dataset)))
+
+
+def longest_of(settings: Experiment, domains: Mapping[str, Any], known: Sequence[Values]) -> int:
+    """Return the epochs of the longest trial, among the known ones and those that the domains allow."""
+    from raypkg.cluster.search import candidates, draw_settings
+
+    def epochs(values: Values) -> int:
+        return varied(settings, values).epochs
+
+    # A value alone may be invalid without others that accompany it, such as crest.h without crest.tau, so start from
+    # a whole trial; a known one has been checked.
+    drawn = draw_settings(domains, np.random.default_rng(settings.seed))
+    longest = {**drawn, **(known[0] if known else {})}
+    for name, domain in domains.items():
+        values = candidates(domain)
+        if values:
+            longest[name] = max(values, key=lambda value: epochs({**longest, name: value}))
+    return max(epochs(values) for values in (longest, *known))
 
 
 # One trial

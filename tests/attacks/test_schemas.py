@@ -12,10 +12,11 @@ from attacks.test_data_parsers import fuzzed, one_line_at_most
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.runs.folder import ENVIRONMENT, SUMMARY, RunFolder, write_settings
 from raypkg.runs.storage import Storage
+from raypkg.studies.driver import varied
 from raypkg.studies.show import run_page
-from raypkg.studies.space import check_space, read_space, varied
 from raypkg.studies.study import RECORD, Order, Study, Trial, create_study
 from raypkg.studies.tables import read_table, stored_table
+from raypkg.studies.tune import check_space, read_space
 
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, 1, -1, 2**63, 10**400, 1e308])
 WORDS = st.text(max_size=5) | st.sampled_from(["train", "crest", "accuracy", "max", "a", "../x", "x" * 20_000])

@@ -12,9 +12,8 @@ from raypkg import load_study
 from raypkg.core.errors import UserError
 from raypkg.runs.folder import LOG, RunFolder
 from raypkg.studies import driver as trials
-from raypkg.studies.driver import run_trial
+from raypkg.studies.driver import _opened, run_trial
 from raypkg.studies.outcomes import Outcomes
-from raypkg.studies.space import _opened
 from raypkg.studies.study import find_study
 from raypkg.studies.tables import stored_table
 

@@ -11,8 +11,9 @@ from raypkg.cluster.search import Proposals, candidates, constants, draw_setting
 from raypkg.core.errors import UserError
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.methods.sparse.settings import SparseSettings
-from raypkg.studies.space import Space, longest_of, trials_of
+from raypkg.studies.driver import longest_of
 from raypkg.studies.study import Order, Study, Trial, create_study
+from raypkg.studies.tune import Space, trials_of
 
 SPACE = """
 from ray import tune

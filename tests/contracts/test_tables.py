@@ -8,7 +8,7 @@ from contracts.test_presets import AGENT, CREST, SPARSE
 from raypkg.core.config import dotted
 from raypkg.core.errors import UserError
 from raypkg.studies.compare import base_settings, check_comparison
-from raypkg.studies.space import varied
+from raypkg.studies.driver import varied
 from raypkg.studies.tables import SCALES, Table, narrowed, open_table, read_table, stored_table, with_data
 
 FILES = sorted((Path(__file__).parents[2] / "tune_spaces" / "tables").glob("*.py"))
