@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from raypkg import DeltaGrad, Run, Split, build_model, fit, load_data
-from raypkg.core.config import load_settings
+from raypkg.core.config import load_settings, read_toml
 from raypkg.core.settings import Training
 from raypkg.coresets.budgets import select
 from raypkg.coresets.sharded import LiveModel
@@ -98,7 +98,7 @@ class Checks:
         given = {"dataset": self.path or "digits", "train.evaluate_every_epochs": 1}
         if self.quick:
             given |= {"model": "mlp", "train.epochs": 1, "dataset.augment": []}
-        settings = load_settings(TrainSettings, ROOT / "raypkg/models/airbench.toml", given)
+        settings = load_settings(TrainSettings, read_toml(ROOT / "raypkg/models/airbench.toml"), given)
         start, epochs = self.now(), []
         worker = Worker(device=self.device, report=lambda row: epochs.append((self.now() - start, row["accuracy"])))
         with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from raypkg.cli.setting_options import overrides as overrides_of
-from raypkg.core.config import Named, Settings, leaves, load_settings, load_stored, parse_toml, to_toml
+from raypkg.core.config import Named, Settings, leaves, load_settings, load_stored, parse_toml, read_toml, to_toml
 from raypkg.core.errors import UserError, unknown
 from raypkg.experiments.train import SelectSettings, TrainSettings
 from raypkg.methods.crest.settings import CrestSettings
@@ -41,7 +41,7 @@ EVERY = [name for name, _ in leaves(Example)]
 def test_overrides_win_over_the_file(tmp_path):
     file = tmp_path / "a.toml"
     file.write_text('seed = 1\nmodel = "resnet8"\n[optim]\nlr = 0.5\nrule = "adamw"\n')
-    built = load_settings(Example, file, {"optim.lr": "0.25", "model.options.width": 3})
+    built = load_settings(Example, read_toml(file), {"optim.lr": "0.25", "model.options.width": 3})
     assert (built.seed, built.optim.lr, built.optim.rule) == (1, 0.25, "adamw")
     assert (built.model.name, built.model.options) == ("resnet8", {"width": 3})
 
@@ -50,7 +50,7 @@ def test_toml_round_trip(tmp_path):
     built = load_settings(Example, None, {"optim.lr": 0.3, "model": "linear", "model.options.a": [1, 2]})
     file = tmp_path / "a.toml"
     file.write_text(to_toml(built))
-    assert load_settings(Example, file) == built
+    assert load_settings(Example, read_toml(file)) == built
 
 
 @pytest.mark.parametrize(

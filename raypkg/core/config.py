@@ -114,10 +114,10 @@ S = TypeVar("S", bound=Settings)
 
 
 def load_settings(
-    schema: type[S], base: Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None
+    schema: type[S], base: Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None
 ) -> S:
-    """Build settings from defaults, a TOML file (or its values) and dotted overrides; the first error is one line."""
-    values = read_toml(base) if isinstance(base, Path) else dict(base or {})
+    """Build settings from defaults, nested values and dotted overrides; the first error is one line."""
+    values = dict(base or {})
     for name, field in fields_of(schema).items():
         if _is_off(values.get(name)) and part_of(field) and NoneType not in alternatives(field):
             raise UserError(f"{name} = false: only optional parts can be disabled")

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .samples import Samples
 
 R = TypeVar("R", bound=RunSettings)
-EMBEDDED = ("train.parquet", "test.parquet")
 COPIES = {"sgd": 1, "adamw": 2}  # numbers that the optimiser holds for each parameter; SGD only with momentum
 BOUND = 3 * 10**11  # operations; one process takes 10 to 20 s for as many, which Ray needs to start and end workers
 Donors = Callable[[Stage], Iterable[RunFolder]]
@@ -44,7 +43,7 @@ def stages_of(experiment: str, settings: RunSettings) -> list[Stage]:
 @outlook("embed")
 def embedding_stages(settings: RunSettings) -> list[Stage]:
     """Return the one phase of an embedding; its rows of metrics are parts, whose number depends on the data."""
-    return [Stage("embed", files=EMBEDDED)]
+    return [Stage("embed", files=("train.parquet", "test.parquet"))]
 
 
 def selection_stage() -> Stage:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raypkg.core.address import is_uri
-from raypkg.core.config import Named, dotted, fields_of, load_settings, read_toml
+from raypkg.core.config import Named, dotted, fields_of, load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.presets import with_preset, without
 from raypkg.core.registry import Lookup, heavy_imports, imported
@@ -37,15 +37,13 @@ LENGTH = "length"
 TRUST = "EFFRAY_TRUST"
 
 
-def resolve(
-    schema: type[R], source: Path | Mapping[str, Any] | None, values: Mapping[str, Any], *, shared: bool = False
-) -> R:
+def resolve(schema: type[R], base: Mapping[str, Any] | None, values: Mapping[str, Any], *, shared: bool = False) -> R:
     """Return settings that are ready for a run: with their preset, absolute paths, checked names and a tokenizer.
 
-    The source is a TOML file or stored settings; ``values``, by dotted names, win over it. The ``shared`` settings of a
+    ``values``, by dotted names, win over the nested ones of ``base``. The ``shared`` settings of a
     study's trials get no tokenizer: each trial takes that of its own model.
     """
-    base = read_toml(source) if isinstance(source, Path) else dict(source or {})
+    base = dict(base or {})
     values = with_preset(schema, base, values)
     settings = load_settings(schema, base, values)
     select = selection_of(settings)

@@ -1,6 +1,6 @@
 """Selection of a coreset with a trained model's gradients, on the holders of the data: a run's workers, or actors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from raypkg.cluster.actors import hold
@@ -8,7 +8,7 @@ from raypkg.cluster.workers import Workers
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model, RunSettings, Select
 from raypkg.coresets.rules import coreset
-from raypkg.coresets.sharded import Selection, SentModel, select_coreset
+from raypkg.coresets.sharded import SentModel, select_coreset
 from raypkg.coresets.target import target_of
 from raypkg.data.coreset import Coreset
 from raypkg.engine.shards import Shard, Shards, WorkerShards, class_shards
@@ -74,69 +74,55 @@ def check_target_samples(select: Select, samples: Samples) -> None:
         target.check(samples.data.train, samples.held_out)
 
 
-def select_on_actors(
-    settings: RunSettings, select: Select, models: Models, samples: Samples, report: Report
+def select_in_phase(
+    settings: RunSettings,
+    select: Select,
+    models: Models,
+    samples: Samples,
+    report: Report,
+    workers: Workers | None = None,
 ) -> Coreset:
-    """Select a coreset on actors that hold the data, and store it in the run folder, unless it is there already."""
+    """Select a coreset on the run's workers, or on actors that hold the data, unless the run folder has it already."""
+    storage = report.folder.storage
 
     def shards_for(holders: int) -> list[Shard]:
         source = settings.dataset if settings.cluster.workers != 0 else samples.data  # open in this process
         return class_shards(source, samples.data.train.y, samples.train_indices, samples.held_out, holders)
 
     def work() -> dict[str, Any]:
+        if workers:
+            return workers.run(select_together, settings, select, models, storage)
         with hold(shards_for, settings.cluster) as shards:
-            picked = _select(shards, settings, select, models, samples)
-        return _keep(picked, report.folder.storage, settings, select, samples)
+            return _select(shards, settings, select, models, samples, storage)
 
-    return _in_phase(work, settings, select, samples, report)
-
-
-def select_on_workers(
-    settings: RunSettings, select: Select, models: Models, samples: Samples, report: Report, workers: Workers
-) -> Coreset:
-    """Select a coreset on the run's workers, and store it in the run folder, unless it is there already."""
-
-    def work() -> dict[str, Any]:
-        return workers.run(select_together, settings, select, models, report.folder.storage)
-
-    return _in_phase(work, settings, select, samples, report)
+    check_target_samples(select, samples)
+    report.phase("select", work, epochs=0)
+    return load_coreset(f"{storage.root}/{CORESET}", samples, settings.dataset)
 
 
 def select_together(
     worker: Worker, settings: RunSettings, select: Select, models: Models, storage: Storage
 ) -> dict[str, Any]:
-    """Select on all workers; return the phase's record."""
+    """Select on all workers; rank 0 stores the coreset."""
     samples = samples_on(worker, settings)
     y = samples.data.train.y
     shards = class_shards(samples.data, y, samples.train_indices, samples.held_out, worker.world, worker.device)
-    picked = _select(WorkerShards(shards, worker), settings, select, models, samples)
-    return _keep(picked, storage, settings, select, samples) if worker.rank == 0 else {}
+    kept_in = storage if worker.rank == 0 else None
+    return _select(WorkerShards(shards, worker), settings, select, models, samples, kept_in)
 
 
-def _in_phase(
-    work: Callable[[], dict[str, Any]], settings: RunSettings, select: Select, samples: Samples, report: Report
-) -> Coreset:
-    """Do the phase's work, unless an earlier attempt did, and return the stored coreset."""
-    check_target_samples(select, samples)
-    report.phase("select", work, epochs=0)
-    path = f"{report.folder.storage.root}/{CORESET}"
-    return load_coreset(path, samples, settings.dataset)
-
-
-def _select(shards: Shards, settings: RunSettings, select: Select, models: Models, samples: Samples) -> Selection:
+def _select(
+    shards: Shards, settings: RunSettings, select: Select, models: Models, samples: Samples, storage: Storage | None
+) -> dict[str, Any]:
+    """Select on the shards, and store the coreset in a run folder, if one is given; return the phase's record."""
     split = samples.data.train
     scorers = []
     for model in models:
         weights = load_tensors(model.storage, model.file)
         scorers.append(SentModel.of(model.architecture, split, weights, model.precision))
     record = load_record(models[0].storage, models[0].file, split.y)
-    return select_coreset(shards, scorers, select, record, samples.train_indices, seed=settings.seed)
-
-
-def _keep(
-    picked: Selection, storage: Storage, settings: RunSettings, select: Select, samples: Samples
-) -> dict[str, Any]:
-    """Store a selection in the run folder; return the phase's record."""
-    facts = select.model_dump(include={*Select.model_fields, "model_from"})
-    save_coreset(storage, picked.coreset, samples, settings, facts, picked.indices, picked.scores)
+    picked = select_coreset(shards, scorers, select, record, samples.train_indices, seed=settings.seed)
+    if storage:
+        facts = select.model_dump(include={*Select.model_fields, "model_from"})
+        save_coreset(storage, picked.coreset, samples, settings, facts, picked.indices, picked.scores)
     return {"costs": [picked.cost.record()], "size": len(picked.coreset)}

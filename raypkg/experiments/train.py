@@ -111,12 +111,12 @@ def run_selection(settings: SelectSettings, *, samples: Samples, report: Report)
         effray train --name first --train.epochs 5 && effray select --model-from first --rule craig --fraction 0.2
     """
     from raypkg.coresets.reselection import check_selects_once
-    from raypkg.experiments.selection import select_on_actors, trained_models
+    from raypkg.experiments.selection import select_in_phase, trained_models
     from raypkg.experiments.summary import finish
 
     check_selects_once(settings)
     models = trained_models(settings, samples, report.folder)
-    select_on_actors(settings, settings, models, samples, report)
+    select_in_phase(settings, settings, models, samples, report)
     finish(report, settings, samples)
 
 

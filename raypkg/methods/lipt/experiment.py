@@ -43,7 +43,7 @@ def run(settings: LiptSettings, *, samples: Samples, report: Report, workers: Wo
     Example:
         effray lipt --dataset digits --model resnet8 --select.rule gradmatch --select.fraction 0.2
     """
-    from raypkg.experiments.selection import TrainedModel, check_target_samples, select_on_workers
+    from raypkg.experiments.selection import TrainedModel, check_target_samples, select_in_phase
     from raypkg.experiments.summary import finish
     from raypkg.experiments.training import Job, train_on_cluster
 
@@ -55,7 +55,7 @@ def run(settings: LiptSettings, *, samples: Samples, report: Report, workers: Wo
 
     storage = report.folder.storage
     pretrained = TrainedModel(settings.model, storage, RESULT, settings.pretrain.precision)
-    coreset = select_on_workers(settings, settings.select, [pretrained], samples, report, workers)
+    coreset = select_in_phase(settings, settings.select, [pretrained], samples, report, workers)
 
     initial = RESULT if settings.train.init == "merged" else None
     job = Job(settings, settings.train, storage, coreset=coreset, select=settings.select, initial=initial)
