@@ -26,7 +26,7 @@ from raypkg.studies import plots
 from raypkg.studies.driver import run_trial
 from raypkg.studies.figures import TrialRun, estimated, front, measured_points, paired_difference, ranked
 from raypkg.studies.show import conclude, show_study, write_page
-from raypkg.studies.study import Order, Record, Study, Trial, create_study, find_study, folded, is_study
+from raypkg.studies.study import Order, Record, Study, Trial, as_table, create_study, find_study, folded, is_study
 from raypkg.studies.tables import current_function
 from raypkg.studies.tune import Space, order_of, resume_sweep
 
@@ -304,8 +304,7 @@ def test_a_trial_that_ends_while_the_sweep_is_shown_has_no_results_yet(sweep, mo
 
 def test_values_of_several_types_or_beyond_64_bits_make_a_column_of_texts(sweep):
     rows = [{"trial": 0, "seed": 2**70, "x": "auto"}, {"trial": 1, "seed": 1, "x": 3}]
-    sweep.write_results(rows)
-    stored = sweep.storage.read_table("results.parquet").to_pylist()
+    stored = as_table(rows).to_pylist()
     assert stored == [{"trial": 0, "seed": str(2**70), "x": "auto"}, {"trial": 1, "seed": "1", "x": "3"}]
 
 

@@ -2,6 +2,8 @@
 
 import inspect
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import click
 
@@ -78,3 +80,22 @@ class ExampleHelp(click.Command):
     def _parts(self) -> tuple[str, str]:
         text, _, example = inspect.cleandoc(self.help or "").partition("Example:")
         return text.strip(), example.strip()
+
+
+class Catalogue(ExampleHelp, click.Group):
+    """Commands that are made on request, one for each name of a catalogue; ``make`` refuses other names."""
+
+    def __init__(
+        self, *arguments: Any, names: Callable[[], list[str]], make: Callable[[str], click.Command], **options: Any
+    ):
+        super().__init__(*arguments, **options)
+        self.names = names
+        self.make = make
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Return the names."""
+        return self.names()
+
+    def get_command(self, context: click.Context, name: str) -> click.Command:
+        """Make a command."""
+        return self.make(name)

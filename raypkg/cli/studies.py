@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import click
 from raypkg.core.errors import UserError, unknown
 from raypkg.experiments import experiment, settings_of
 
-from .options import PLACE, TRUST, ExampleHelp, confirmed, say
+from .options import PLACE, TRUST, Catalogue, ExampleHelp, confirmed, say
 
 TUNE_OPTIONS = ("space", "samples", "metric", "mode", "scheduler", "search", "concurrent", "time_budget")
 COMPARE_OPTIONS = ("rows", "cases", "seeds", "scale", "goal", "rates")
@@ -36,25 +35,6 @@ interrupted comparison. With --cluster.workers 0 the trials run one after anothe
 Example:
     effray compare {name} {part} --seeds 0
 """
-
-
-class Catalogue(ExampleHelp, click.Group):
-    """Commands that are made on request, one for each name of a catalogue; ``make`` refuses other names."""
-
-    def __init__(
-        self, *arguments: Any, names: Callable[[], list[str]], make: Callable[[str], click.Command], **options: Any
-    ):
-        super().__init__(*arguments, **options)
-        self.names = names
-        self.make = make
-
-    def list_commands(self, context: click.Context) -> list[str]:
-        """Return the names."""
-        return self.names()
-
-    def get_command(self, context: click.Context, name: str) -> click.Command:
-        """Make a command."""
-        return self.make(name)
 
 
 CONCURRENT = click.Option(["--concurrent"], type=int, help="trials at once (default: as many as fit)")

@@ -12,6 +12,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import tomli_w
 from pydantic_core import to_json
 from rich.console import Console
 
@@ -28,9 +29,10 @@ from raypkg.runs.storage import Storage
 from . import plots
 from .figures import DONE, Difference, Estimate, Row, front, measured_points, ranked
 from .outcomes import Line, Outcomes, Verdict
-from .study import BEST, FOLDER, RESULTS, Study, as_table, find_study, is_study, study_around
+from .study import FOLDER, RESULTS, Study, as_table, find_study, is_study, study_around
 from .tables import METRICS, NOT_PAID, PAID, REST, UNKNOWN, Table, stored_table
 
+BEST = "best.toml"
 MARKDOWN = "table.md"
 PAGE = "report.html"
 PLOTS = "plots"
@@ -118,7 +120,9 @@ def conclude(study: Study) -> None:
     """Write the results so far: all trials, the best settings, plots, Markdown and the page."""
     report = report_of(study, final=True)
     storage = study.storage
-    study.write_results(report.results, report.best)
+    storage.write_table(RESULTS, as_table(report.results))
+    if report.best:
+        storage.write(BEST, tomli_w.dumps(study.lasting(report.best["trial"])).encode())
     if report.verdicts:
         storage.write_json(VERDICTS, list(report.verdicts))
     here = environment()

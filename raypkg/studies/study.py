@@ -15,7 +15,6 @@ from hashlib import blake2b
 from typing import Any, Literal, Self
 
 import pyarrow as pa
-import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raypkg.core.config import Settings, first_problem, stored_values, with_current_names
@@ -32,7 +31,6 @@ from .tables import ExperimentName, MetricName, current_function, identity
 
 FOLDER = "tune"  # beside the folders of the experiments
 SPACE = "space.py"
-BEST = "best.toml"
 RESULTS = "results.parquet"
 STOPPED = "stopped"
 FAILED = "failed"
@@ -253,12 +251,6 @@ class Study:
     def results(self, runs: Mapping[int, TrialRun]) -> list[dict[str, Any]]:
         """Return a row for each trial: its number, run, state, error, figures and settings."""
         return [self.row(number, run) | (self.trials[number].settings or {}) for number, run in runs.items()]
-
-    def write_results(self, results: Sequence[Row], best: Row | None = None) -> None:
-        """Write the table of all trials, and the settings of the best one."""
-        self.storage.write_table(RESULTS, as_table(results))
-        if best:
-            self.storage.write(BEST, tomli_w.dumps(self.lasting(best["trial"])).encode())
 
 
 def as_table(results: Sequence[Row]) -> pa.Table:
