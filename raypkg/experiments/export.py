@@ -33,7 +33,7 @@ from raypkg.runs.folder import MODEL, RunFolder
 from raypkg.runs.show import cost_grid, findings
 
 from . import experiment, export_format
-from .trained import TrainedClassifier, model_and_data, settings_of_trained
+from .trained import TrainedClassifier, model_and_data
 
 if TYPE_CHECKING:
     from raypkg.models.language import LanguageModel
@@ -71,7 +71,8 @@ def export_run(folder: RunFolder, form: str, out: str, verdict: str = "") -> Non
     temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
     try:
         temporary.chmod(0o755)
-        run = Finished(folder, settings_of_trained(folder), *model_and_data(folder))
+        model, data, settings = model_and_data(folder)
+        run = Finished(folder, settings, model, data)
         usage = export_format[form](run, temporary)
         (temporary / CARD).write_text(card(run, form, usage, verdict))
         os.rename(temporary, place)
