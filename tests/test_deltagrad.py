@@ -238,7 +238,7 @@ def test_an_interrupted_history_continues_after_the_checkpoint(tmp_path):
     known = writer.digests[:3]
     writer.close()
     with (tmp_path / "cut" / RECORDS).open("ab") as file:
-        file.write(b"half a record")
+        file.write(b"half a record" * 1000)  # more than the records to come overwrite
     again = HistoryWriter(tmp_path / "cut", layout)
     again.start(known)
     for step in (3, 4):
