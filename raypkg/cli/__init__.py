@@ -28,7 +28,7 @@ class Output(io.FileIO):
             return len(data)
 
 
-def script() -> None:
+def script(arguments: Sequence[str] | None = None) -> None:
     """Run the command line as the last act of a process: the console script, and the jobs.
 
     A run is finished and kept even if its output is closed or cannot be written.
@@ -43,7 +43,7 @@ def script() -> None:
         encoding = getattr(sys.stdout, "encoding", None)  # "replace": no run is lost for a letter that it lacks
         sys.stdout = io.TextIOWrapper(io.BufferedWriter(output), encoding, "replace", line_buffering=output.isatty())
     try:
-        main()
+        main(arguments)
     except SystemExit as ended:
         sys.stdout.flush()
         if output.lost not in (0, errno.EPIPE) and not ended.code:
