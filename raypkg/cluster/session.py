@@ -42,7 +42,7 @@ def prepare(address: str | None = None) -> None:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if address not in (None, "local") or _running() is not None or os.environ.get(LOOPBACK) == "0":
+    if address not in (None, "local") or running_cluster() is not None or os.environ.get(LOOPBACK) == "0":
         return
     os.environ[LOOPBACK] = "0"
     if "ray" in sys.modules and not sys.modules["ray"].is_initialized():
@@ -93,7 +93,7 @@ def is_apart(settings: Cluster) -> bool:
     import torch
 
     joined = "ray" in sys.modules and sys.modules["ray"].is_initialized()
-    return not (settings.address or _running() or joined or torch.cuda.is_available())
+    return not (settings.address or running_cluster() or joined or torch.cuda.is_available())
 
 
 def owns_cluster() -> bool:
@@ -151,7 +151,7 @@ def _is_raylet(process: int) -> bool:
     return name == "raylet" and state.split()[0] != "Z"
 
 
-def _running() -> str | None:
+def running_cluster() -> str | None:
     """Return the address in RAY_ADDRESS, or that of the last `ray start`, which Ray documents to keep in this file."""
     if address := os.environ.get("RAY_ADDRESS"):
         return None if address == "local" else address
@@ -167,7 +167,7 @@ def _address(settings: Cluster) -> str | None:
     named = settings.address or os.environ.get("RAY_ADDRESS")
     if named and named.startswith("ray://"):
         raise UserError(f"cluster.address = {named!r} is Ray Client's, which cannot train: give the head's HOST:6379")
-    address = _running() if named == "auto" else named or _running()
+    address = running_cluster() if named == "auto" else named or running_cluster()
     if address in (None, "local"):
         return None
     try:
