@@ -181,10 +181,11 @@ def data(name: str, pairs: tuple[str, ...]) -> None:
 def tutorial(folder: str) -> None:
     """Copy a notebook and small data that lead from one's own images to a verdict, in ten minutes.
 
-    FOLDER must not exist (default: effray-tutorial). Most cells are commands, which a terminal runs as well.
+    FOLDER must not exist (default: effray-tutorial). Most cells are commands, which a terminal runs as well; the
+    notebook needs Jupyter (`jupyter lab`).
 
     Example:
-        effray tutorial && cd effray-tutorial && jupyter lab tutorial.ipynb
+        effray tutorial
     """
     from PIL import Image
 

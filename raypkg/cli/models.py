@@ -22,7 +22,7 @@ SOURCE is an image or a folder of images; a file of texts, as .txt a line each, 
 column of texts; or rows as .csv or .parquet with the columns of training. The first are printed.
 
 Example:
-    effray embed --name rows && effray train --name mine --dataset table:runs/embed/rows --model linear && """
+    effray embed --model resnet8 --name rows && effray train --name mine --dataset table:runs/embed/rows --model linear && """
 PREDICT_HELP += "effray predict mine runs/embed/rows/test.parquet"
 
 

@@ -105,6 +105,18 @@ def test_the_example_runs_as_printed(call, effray, command):
         assert call(line).code == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["audit", *(each for each in OTHERS if not each.startswith(("tune", "compare")))])
+def test_the_other_examples_run_as_printed(call, effray, command):
+    for line in example(effray(f"{command} --help")):
+        if line.startswith("effray "):
+            told = call(line)
+            assert told.code == 0, told.err
+        else:  # it pipes into effray
+            done = outside("bash", "-c", line)
+            assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("command", ["", "lipt", "train"])
 def test_the_example_runs_as_printed_on_ray(tmp_path, effray, command):
