@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from raypkg import __version__
+import raypkg
 from raypkg.core.errors import UserError, unknown
 from raypkg.experiments import experiment
 
@@ -53,7 +53,7 @@ CONTEXT = {
 
 
 @click.group(cls=Effray, context_settings=CONTEXT)
-@click.version_option(__version__)
+@click.version_option(raypkg.__version__)
 def effray() -> None:
     """Gradient-based, data-efficient training on Ray.
 
@@ -228,10 +228,13 @@ def doctor(root: str) -> None:
 
     import torch
 
-    from raypkg import Run, build_model, evaluate, fit, load_data
     from raypkg.cluster.session import running_cluster
     from raypkg.core.memory import machine_memory, read_limit, readable
+    from raypkg.data import load_data
     from raypkg.data.store.cache import cache_folder
+    from raypkg.engine.loop import evaluate, fit
+    from raypkg.engine.run import Run
+    from raypkg.models import build_model
     from raypkg.runs.folder import environment
 
     def room(folder: Path) -> str:
@@ -242,7 +245,7 @@ def doctor(root: str) -> None:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cache = cache_folder()
     cached = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
-    say(f"effray {__version__}, Python {facts['python']}, {platform.platform()}")
+    say(f"effray {raypkg.__version__}, Python {facts['python']}, {platform.platform()}")
     say(", ".join(f"{package} {version}" for package, version in facts["packages"].items()))
     say(f"processor: {facts['processor']}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of PyTorch")
     say(f"GPUs: {', '.join(gpus) or 'none'}")

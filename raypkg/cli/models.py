@@ -22,8 +22,8 @@ SOURCE is an image or a folder of images; a file of texts, as .txt a line each, 
 column of texts; or rows as .csv or .parquet with the columns of training. The first are printed.
 
 Example:
-    effray embed --model resnet8 --name rows && effray train --name mine --dataset table:runs/embed/rows --model linear && """
-PREDICT_HELP += "effray predict mine runs/embed/rows/test.parquet"
+    effray embed --model resnet8 --name rows && effray train --name mine --dataset table:runs/embed/rows --model"""
+PREDICT_HELP += " linear && effray predict mine runs/embed/rows/test.parquet"
 
 
 @click.command(cls=ExampleHelp, params=[TRUST, PLACE], help=PREDICT_HELP)
