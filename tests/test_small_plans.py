@@ -14,7 +14,7 @@ from raypkg.data.split import Split
 from raypkg.experiments import phases
 from raypkg.experiments.phases import BOUND, main_stage, operations, selection_stage, with_workers
 from raypkg.experiments.samples import Samples
-from raypkg.experiments.train import SelectSettings, TrainSettings
+from raypkg.experiments.train import TrainSettings
 
 N, D, CLASSES = 90, 20, 3
 SPLIT = Split.from_tensors(torch.randn(100, D), torch.arange(100) % CLASSES)
@@ -37,14 +37,14 @@ def alone(monkeypatch, tmp_path):
 
 
 def chosen(settings):
-    found, note = with_workers(settings, SAMPLES, [main_stage(settings)])
+    found, note = with_workers(settings, SAMPLES, [main_stage(settings)], "runs")
     assert bool(note) == (found != settings)
     return found.cluster.workers
 
 
 def test_operations_by_hand():
     stages = [selection_stage(), main_stage(settings())]
-    assert operations(settings(), SAMPLES, stages) == FORWARD * (N + 3 * 2 * N)
+    assert operations(settings().model, SAMPLES, stages) == FORWARD * (N + 3 * 2 * N)
 
 
 def test_the_number_of_operations_decides(alone):
@@ -74,10 +74,8 @@ def test_a_cluster_or_a_gpu_is_used(alone, tmp_path, there):
     assert chosen(settings(cluster=address)) is None
 
 
-def test_other_models_and_runs_keep_their_workers(alone):
+def test_other_models_keep_their_workers(alone):
     assert chosen(settings().model_copy(update={"model": Model(name="my_code:net")})) is None  # not built for it
-    select = SelectSettings(model_from="first")
-    assert with_workers(select, SAMPLES, [selection_stage()]) == (select, "")
 
 
 def test_a_run_says_so_and_stores_it(alone, tmp_path, monkeypatch, capsys, blank_pictures):
@@ -89,3 +87,8 @@ def test_a_run_says_so_and_stores_it(alone, tmp_path, monkeypatch, capsys, blank
     assert lines == ["cluster.workers = 0, this process: 5.1e+06 operations, and Ray's start pays from 3e+11 on"]
     stored = tomllib.loads((tmp_path / "runs/train/one/config.toml").read_text())
     assert stored["cluster"]["workers"] == 0 and BOUND == 3e11
+
+    with pytest.raises(SystemExit) as ended:
+        main("select --model-from one --rule grand --fraction 0.1".split())
+    out = capsys.readouterr().out
+    assert not ended.value.code and "cluster.workers = 0, this process: 1.7e+06 operations" in out

@@ -34,7 +34,7 @@ def execute(entry: Entry, base: Mapping[str, Any], values: Mapping[str, Any], na
     settings = resolve(settings_of(entry), base, values)
     check_new(root, entry.name, name, settings)
     settings, samples = open_run(settings)
-    settings, note = with_workers(settings, samples, stages_of(entry.name, settings))
+    settings, note = with_workers(settings, samples, stages_of(entry.name, settings), root)
     folder = create(root, entry.name, name, settings)
     with folder.storage.locked(f"run {folder.name!r}"):  # only this process may discard it
         try:
@@ -144,7 +144,7 @@ def dry_run(
     check_new(root, entry.name, name, settings)
     _, samples = open_run(settings)
     stages = stages_of(entry.name, settings)
-    settings, note = with_workers(settings, samples, stages)
+    settings, note = with_workers(settings, samples, stages, root)
     place = Storage(root) / entry.name / (name or "NAME")
     _check_settings(settings, samples, stages, place)
     lines = [*_plan(settings, samples, stages, place)]  # all before the first is printed: some may be refused

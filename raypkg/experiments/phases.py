@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from raypkg.core.config import dotted
 from raypkg.core.registry import Registry
-from raypkg.core.settings import Experiment, RunSettings, Select, Training
+from raypkg.core.settings import Experiment, Model, RunSettings, Select, Training
 from raypkg.runs.folder import CORESET, MODEL, RunFolder
 from raypkg.runs.report import Stage
 
@@ -112,35 +112,43 @@ def take_over(folder: RunFolder, stages: Sequence[Stage], donors: Donors) -> Non
         phases = []
 
 
-def operations(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -> int:
-    """Return the operations of the planned phases: 3 forward passes a sample backward, one a sample of a selection.
+def operations(chosen: Model, samples: Samples, stages: Sequence[Stage]) -> int:
+    """Return a registered model's operations in planned phases.
 
-    A forward pass uses each weight once at least, as a module may multiply by its own. The model is a registered one.
+    They are 3 forward passes a sample backward, and one a sample of a selection. A forward pass uses each weight once
+    at least, as a module may multiply by its own.
     """
     from raypkg.models import outline
     from raypkg.models.operations import forward_flops
 
     split = samples.data.train
-    model = outline(settings.model.name, split.shape, split.num_classes, settings.model.options)
+    model = outline(chosen.name, split.shape, split.num_classes, chosen.options)
     weights = sum(each.numel() for each in model.parameters())
     forward = max(2 * weights, sum(forward_flops(model, split.shape).values()))
     n = len(samples.train_indices)
     return forward * sum(3 * stage.backward(n) if stage.rows else n for stage in stages)
 
 
-def with_workers(settings: R, samples: Samples, stages: Sequence[Stage]) -> tuple[R, str]:
+def with_workers(settings: R, samples: Samples, stages: Sequence[Stage], root: str) -> tuple[R, str]:
     """Choose no Ray workers for a small plan, where their number is open and Ray would start for this run alone.
 
     A count decides, never a measurement. Returns the settings, and a line about the choice if it was made.
     """
     from raypkg.cluster.session import is_apart
     from raypkg.models import model
+    from raypkg.runs.catalog import locate
+
+    from .trained import settings_of_trained
 
     cluster = settings.cluster
-    is_open = cluster.workers is None and is_apart(cluster)
-    if not (isinstance(settings, Experiment) and is_open and settings.model.name in model):
+    if cluster.workers is not None or not is_apart(cluster):
         return settings, ""
-    count = operations(settings, samples, stages)
+    chosen = settings.model if isinstance(settings, Experiment) else None
+    if isinstance(settings, Select) and (runs := getattr(settings, "model_from", "")):
+        chosen = settings_of_trained(locate(root, runs.partition(",")[0], having=MODEL)).model
+    if chosen is None or chosen.name not in model:
+        return settings, ""
+    count = operations(chosen, samples, stages)
     if count >= BOUND:
         return settings, ""
     alone = settings.model_copy(update={"cluster": cluster.model_copy(update={"workers": 0})})

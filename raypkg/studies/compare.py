@@ -132,7 +132,7 @@ def plan(table: Table, config: Path | None, values: Mapping[str, Any], rate: flo
             total += seeds * backward
             if trial.model.name in model:
                 steps = sum(stage.steps(n) for stage in stages if stage.rows)
-                computed = operations(trial, samples_of(trial), stages) / OPERATIONS_A_SECOND
+                computed = operations(trial.model, samples_of(trial), stages) / OPERATIONS_A_SECOND
                 seconds += seeds * (computed + STEP_SECONDS * steps + TRIAL_SECONDS)
             else:
                 seconds = math.nan
