@@ -16,6 +16,7 @@ from .options import PLACE, TRUST, ExampleHelp, say
 MODEL, SUMMARY = "model.safetensors", "summary.json"  # of a finished run
 
 MOST_ROWS = 20  # predictions, or classes, printed
+MOST_LETTERS = 200  # of a text that is printed
 PREDICT_HELP = """Predict the class of new samples with the model of a finished run.
 
 SOURCE is an image or a folder of images; a file of texts, as .txt a line each, or .csv, .tsv, .jsonl or .parquet with a
@@ -45,7 +46,9 @@ def predict(run: str, source: str, out: str | None, root: str) -> None:
         write_table(predictions, out)
     table = Table("input", "label", "probability")
     for row in predictions.slice(0, MOST_ROWS).to_pylist():
-        table.add_row(str(row["input"]), row["label"], f"{row['probability']:.1%}")
+        given = str(row["input"])
+        shortened = given if len(given) <= MOST_LETTERS else f"{given[:MOST_LETTERS]} …"
+        table.add_row(shortened, row["label"], f"{row['probability']:.1%}")
     terminal().print(table)
     if (more := len(predictions) - MOST_ROWS) > 0:
         say(f"and {more:,} more{'' if out else ': --out FILE writes all of them'}")

@@ -92,7 +92,7 @@ def write_table(table: pa.Table, file: str) -> None:
 def _batches(
     model: TrainedClassifier, train: Split, source: str, options: dict[str, Any]
 ) -> Iterator[tuple[list[Any], Any]]:
-    """Yield the samples of a source in batches that ``predict`` takes, with the name or row of each."""
+    """Yield the samples of a source in batches that ``predict`` takes, with the file, text or row of each."""
     kind = kind_of(model.shape)
     place = place_of(source)
     if not place.exists():
@@ -120,7 +120,8 @@ def _batches(
         if texts and isinstance(texts[0], str) and (len(options.get("columns", ())) == 2 or (x[:, 1] == 1).any()):
             raise UserError(f"{source!r} has single texts, the model takes pairs: a table with the columns of training")
         for start in range(0, len(texts), BATCH):
-            yield [*range(start, min(start + BATCH, len(texts)))], texts[start : start + BATCH]
+            chunk = texts[start : start + BATCH]
+            yield [text if isinstance(text, str) else " | ".join(text) for text in chunk], chunk
         return
     from raypkg.data.sources.table import RowTable
 

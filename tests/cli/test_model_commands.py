@@ -137,7 +137,7 @@ def test_predict_texts(effray, refusal):
     expected = load_model("runs/train/one").predict(lines)
     for file in ("new.txt", "new.csv"):
         effray(f"predict one {file} --out out.jsonl")
-        assert [row["label"] for row in predictions()] == expected.names
+        assert [(row["input"], row["label"]) for row in predictions()] == [*zip(lines, expected.names, strict=True)]
     Path("marked.txt").write_bytes("\ufeffa good film\n\na bad\u2028film\r\n".encode())
     effray("predict one marked.txt --out out.parquet")
     expected = load_model("runs/train/one").predict(["a good film", "", "a bad\u2028film"])
