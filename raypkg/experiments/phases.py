@@ -132,7 +132,7 @@ def operations(chosen: Model, samples: Samples, stages: Sequence[Stage]) -> int:
 def with_workers(settings: R, samples: Samples, stages: Sequence[Stage], root: str) -> tuple[R, str]:
     """Choose no Ray workers for a small plan, where their number is open and Ray would start for this run alone.
 
-    A count decides, never a measurement. Returns the settings, and a line about the choice if it was made.
+    A count decides, never a measurement. Returns the settings, and a line about the choice.
     """
     from raypkg.cluster.session import is_apart
     from raypkg.models import model
@@ -146,11 +146,12 @@ def with_workers(settings: R, samples: Samples, stages: Sequence[Stage], root: s
     chosen = settings.model if isinstance(settings, Experiment) else None
     if isinstance(settings, Select) and (runs := getattr(settings, "model_from", "")):
         chosen = settings_of_trained(locate(root, runs.partition(",")[0], having=MODEL)).model
+    starts = "Ray starts on this machine, which takes some 20 s; --cluster.workers 0 computes in this process"
     if chosen is None or chosen.name not in model:
-        return settings, ""
+        return settings, starts
     count = operations(chosen, samples, stages)
     if count >= BOUND:
-        return settings, ""
+        return settings, starts
     alone = settings.model_copy(update={"cluster": cluster.model_copy(update={"workers": 0})})
     return alone, f"cluster.workers = 0, this process: {count:.1e} operations, and Ray's start pays from {BOUND:.0e} on"
 

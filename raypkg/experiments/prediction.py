@@ -120,8 +120,8 @@ def _batches(
         if texts and isinstance(texts[0], str) and (len(options.get("columns", ())) == 2 or (x[:, 1] == 1).any()):
             raise UserError(f"{source!r} has single texts, the model takes pairs: a table with the columns of training")
         for start in range(0, len(texts), BATCH):
-            chunk = texts[start : start + BATCH]
-            yield [text if isinstance(text, str) else " | ".join(text) for text in chunk], chunk
+            some = texts[start : start + BATCH]
+            yield [text if isinstance(text, str) else " | ".join(text) for text in some], some
         return
     from raypkg.data.sources.table import RowTable
 
