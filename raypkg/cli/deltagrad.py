@@ -258,7 +258,7 @@ def _answer(run: RecordedRun, requests: Sequence[Request], settings: RequestSett
     first_new = len(run.split)
     change = change_of(run, requests)
     if (times := estimate(run, change, settings.replay)) > 1:
-        say(f"estimate: {times:.1f} times the work of training again, which may be faster")
+        say(f"estimate: {times:.1f} times as long as training again")
     entry = answer(run, change, settings, _follow)
     ids = ""
     if entry["new"]:
