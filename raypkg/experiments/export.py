@@ -190,7 +190,7 @@ def export_onnx(run: Finished, place: Path) -> str:
     extra("onnxscript", "onnx", "export --to onnx")
     model, data = run.classifier, run.data
     kind = data.train.kind
-    any_size: dict[int, Any] = {0: torch.export.Dim.DYNAMIC}
+    any_size: dict[int, Any] = {0: torch.export.Dim("batch")}
     if kind is TEXTS:
         graph: nn.Module = model
         x = kind.example(2, model.shape)
