@@ -4,12 +4,14 @@ import gc
 import logging
 import multiprocessing
 import os
+import resource
 import time
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from raypkg.core.errors import UserError
 from raypkg.data.store import arrow
 from raypkg.data.store.arrow import Block, Header, Store, write
 from raypkg.data.store.cache import cache_folder, cached
@@ -87,6 +89,17 @@ def test_a_store_of_another_format_is_built_again(tmp_path, monkeypatch):
     with pytest.raises(pa.ArrowInvalid, match="not a store of format 1"):
         Store(path)
     assert len(cached(path, build)) == 10
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot build the data cache .*a\.arrow"):
+            cached(tmp_path / "a.arrow", build)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.lock"]
 
 
 def slow_build(path):

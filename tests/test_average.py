@@ -88,6 +88,21 @@ def test_what_is_measured_tested_and_kept_is_the_average(tmp_path):
     assert forward == 6 * (3 * len(samples.held_out) + len(samples.data.test))
 
 
+@pytest.mark.parametrize("stop", [1, 3])
+def test_stopped_after_any_epoch_and_resumed_equals_never_stopped(tmp_path, stop):
+    def interrupt(row):
+        if row["epoch"] == stop:
+            raise KeyboardInterrupt
+
+    straight = train_model(Worker(), job_of(tmp_path / "straight"))
+    with pytest.raises(KeyboardInterrupt):
+        train_model(Worker(report=interrupt), job_of(tmp_path / "stopped"))
+    resumed = train_model(Worker(), job_of(tmp_path / "stopped"))
+    one, other = kept(tmp_path / "straight"), kept(tmp_path / "stopped")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert straight["test_loss"] == resumed["test_loss"]
+
+
 def test_stopped_and_resumed_equals_never_stopped(tmp_path):
     def interrupt(row):
         if row["epoch"] == 1:

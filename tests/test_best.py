@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gloo import on_workers
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.engine.loop import evaluate
@@ -141,6 +142,16 @@ def test_training_stops_when_no_better_epoch_comes_and_stays_stopped(tmp_path, a
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4] and record["kept_epoch"] == 2
     assert "epoch 2 of 4, the best of 4" in record["findings"][0]
     assert record["findings"][0].endswith("; training stopped early, 2 evaluations after it")
+
+
+@pytest.mark.slow
+def test_two_workers_keep_the_epoch_that_one_does(tmp_path):
+    one = train_model(Worker(), job_of(tmp_path / "one"))
+    two, _ = on_workers(2, train_model, job_of(tmp_path / "two"))
+    assert one["kept_epoch"] == two["kept_epoch"]
+    assert one["test_accuracy"] == two["test_accuracy"]
+    for name, weight in kept(tmp_path / "one").items():
+        assert torch.allclose(weight, kept(tmp_path / "two")[name], rtol=0, atol=1e-8), name
 
 
 def test_the_best_by_no_held_out_sample_is_refused(tmp_path):

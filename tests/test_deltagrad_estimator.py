@@ -274,6 +274,31 @@ def test_killed_at_any_write_the_folder_has_the_old_state_or_the_new(tmp_path, c
     assert states == sorted(states) and {False, True} == set(states)
 
 
+def test_killed_at_any_write_a_training_is_complete_or_can_begin_again(tmp_path):
+    expected = small().fit(X, Y).delete(SOME)
+    complete = []
+    for at in range(1, 60):
+        folder = tmp_path / f"{at}"
+
+        def work(folder=folder, at=at):
+            Disk(folder, death, at, STEPS).install()
+            small(history=folder).fit(X, Y)
+
+        ended = Process(work, tmp_path).end()
+        try:
+            left = DeltaGrad.load(folder)
+        except UserError:
+            left = small(history=folder).fit(X, Y)
+            complete.append(False)
+        else:
+            complete.append(True)
+        same(left.delete(SOME), expected)
+        if not ended.code:
+            break
+        assert ended.code == DEATH, ended.err
+    assert complete == sorted(complete) and {False, True} == set(complete)
+
+
 # Bad input
 
 

@@ -187,6 +187,18 @@ def test_an_import_killed_again_and_again_leaves_the_same_files(source, stream, 
         assert again.ids.tolist() == [7 * i for i in range(N)]
 
 
+def test_a_kill_between_the_last_part_and_the_index(local, tmp_path, undisturbed, monkeypatch):
+    source = pictures(tmp_path / "data")
+    _, files = undisturbed(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "write_columns", lambda *_: kill())
+        with pytest.raises(Killed):
+            load_data(source, cache=local)
+    assert "index" not in endings(local)
+    load_data(source, cache=local)
+    assert contents(local) == files
+
+
 def test_stored_parts_are_not_read_again(local, tmp_path, allowing, caplog, monkeypatch, kind):
     source = pictures(tmp_path / "data")
     killed_import(source, local, allowing, 7)
@@ -387,6 +399,18 @@ def test_an_image_of_another_size_after_stored_parts(local, tmp_path, monkeypatc
         with pytest.raises(UserError, match="several sizes, such as 6×5 and 8×8"):
             load_data(source, cache=local)
     assert begun_at(caplog) == [96]  # the block before it was not yet written
+
+
+def test_parts_that_another_process_wrote_meanwhile_stay(local, tmp_path, undisturbed, allowing, monkeypatch, kind):
+    source = pictures(tmp_path / "data")
+    _, files = undisturbed(source)
+    killed_import(source, local, allowing, 8)
+    theirs = {name: number for name, number in inodes(local).items() if name.endswith(".blocks")}
+    monkeypatch.setattr(images, "begun_header", lambda target: None)
+    monkeypatch.setattr(parts, "_notes", lambda *arguments: [])
+    load_data(source, cache=local)
+    assert contents(local) == files
+    assert theirs and theirs.items() <= inodes(local).items()  # its readers go on
 
 
 @pytest.mark.parametrize("theirs", [1000, 3500])

@@ -1,7 +1,10 @@
-"""CoresetLoader on mappings, in the form of Hugging Face's data sets."""
+"""CoresetLoader within the trainers of others, against the plain weighted loop."""
+
+import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -52,9 +55,74 @@ def coresets_of(model, samples, **options):
     return CoresetLoader(DataLoader(samples, batch_size=8), model, **given)
 
 
+def plain_loop(model, loader, *, accumulate):
+    """Train by hand; return the weights that were seen."""
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    seen = []
+    model.train()
+    for _ in range(EPOCHS):
+        for step, batch in enumerate(loader, 1):
+            weights, labels, indices = (batch.pop(name) for name in ("weights", "labels", "indices"))
+            losses = F.cross_entropy(model(**batch).logits, labels, reduction="none")
+            loader.record(losses, indices)
+            seen.append(weights)
+            ((losses * weights).mean() / accumulate).backward()
+            if step % accumulate == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    return torch.cat(seen)
+
+
+def in_hugging_face(model, loader, folder, **options):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    class CoresetTrainer(transformers.Trainer):
+        loss_is_scaled_for_ga = False
+
+        def get_train_dataloader(self):
+            return loader
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            weights, labels, indices = (inputs.pop(name) for name in ("weights", "labels", "indices"))
+            losses = F.cross_entropy(model(**inputs).logits, labels, reduction="none")
+            loader.record(losses, indices)
+            return (losses * weights).mean()
+
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        num_train_epochs=EPOCHS,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    return CoresetTrainer(model, arguments).train()
+
+
 def assert_equal_weights(first, second):
     for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_trainer_of_hugging_face_trains_as_the_plain_weighted_loop(accumulate, tmp_path):
+    model = bert()
+    by_hand = copy.deepcopy(model)
+    loader = coresets_of(model, Sentences())
+    result = in_hugging_face(model, loader, tmp_path, gradient_accumulation_steps=accumulate)
+    twin = coresets_of(by_hand, Sentences())
+    weights = plain_loop(by_hand, twin, accumulate=accumulate)
+    assert weights.std() > 0.1
+    assert_equal_weights(model, by_hand)
+    assert loader.coreset.indices.equal(twin.coreset.indices)
+    torch.testing.assert_close(loader.losses, twin.losses, rtol=1e-4, atol=1e-5)  # fetched ahead, and yet their own
+    assert result.global_step == EPOCHS * N // 2 // 8 // accumulate
 
 
 def rows():
@@ -73,6 +141,11 @@ def test_a_mapping_is_yielded_with_its_weights_and_positions(name):
         picked |= dict(zip(batch["indices"].tolist(), batch["weights"].tolist(), strict=True))
     chosen = loader.coreset
     assert picked == dict(zip(chosen.indices.tolist(), chosen.weights.tolist(), strict=True))
+
+
+def test_a_mapping_needs_labels():
+    with pytest.raises(UserError, match="has input_ids, attention_mask, y: it needs 'labels'"):
+        next(iter(coresets_of(bert(), Sentences(name="y"))))
 
 
 def test_an_epoch_is_as_long_as_its_length_says():

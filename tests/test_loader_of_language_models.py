@@ -165,6 +165,32 @@ def test_the_trainer_resumes_in_the_middle_of_an_epoch(rule, after, tmp_path):
     assert resumed.loader.losses.equal(straight.loader.losses)
 
 
+@pytest.mark.filterwarnings("ignore")  # Lightning advises more workers, and GPUs
+def test_lightning_trains_as_the_plain_loop(tmp_path):
+    lightning = pytest.importorskip("lightning")
+    from raypkg.integrations.lightning import CoresetCallback
+
+    class Tuning(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = llama().train()
+
+        def training_step(self, batch, _):
+            return (sample_losses(self.model, batch)[0] * batch["weights"]).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), RATE, momentum=0.9)
+
+    module, by_hand = Tuning(), llama()
+    trainer = lightning.Trainer(
+        max_epochs=EPOCHS, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, gradient_clip_val=CLIP, callbacks=[CoresetCallback()],
+    )  # fmt: skip
+    trainer.fit(module, loader_of(module.model, **RDS))
+    loop(by_hand, loader_of(by_hand, **RDS))
+    assert_equal_weights(module.model, by_hand)
+
+
 # Selection
 
 

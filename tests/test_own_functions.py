@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
+from gloo import on_workers
 from raypkg.core.config import Named, load_settings
 from raypkg.core.errors import UserError
 from raypkg.data.augment import compose
@@ -93,6 +94,16 @@ def test_a_metric_sees_all_samples_in_their_order():
     with torch.no_grad():
         expected = count(model(split.inputs(x)), y).item()
     assert evaluate(model, split, indices, metric=count)["metric"] == expected > 0
+
+
+@pytest.mark.slow
+def test_two_workers_find_the_metric_and_the_images_of_one(tmp_path):
+    own = {"train.metric": f"{HERE}:count", "dataset.augment": f"{HERE}:shifted"}
+    one = train_model(Worker(), job_of(tmp_path / "one", **own))
+    two, _ = on_workers(2, train_model, job_of(tmp_path / "two", **own))
+    assert one["test_metric"] == two["test_metric"] > 0
+    for name, weight in kept(tmp_path / "one").items():
+        assert torch.allclose(weight, kept(tmp_path / "two")[name], rtol=0, atol=1e-12), name
 
 
 def test_a_transform_of_torchvision_changes_an_image_by_its_number_alone():

@@ -256,6 +256,18 @@ def test_a_resumed_run_refuses_other_samples_and_lost_settings(effray, monkeypat
     assert code == 2 and "config.toml' is missing or empty" in message
 
 
+def test_a_model_that_was_changed_neither_selects_nor_is_exported_nor_loaded(effray):
+    effray("train --name one --model mlp --train.epochs 1")
+    file = Path("runs/train/one/model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    code, message = effray("select --model-from one --rule grand")
+    assert code == 2 and "model.safetensors has been changed or cut short" in message
+    with pytest.raises(UserError, match=r"model.safetensors has been changed or cut short"):
+        raypkg.load_model("runs/train/one")
+
+
 def test_a_trained_model_predicts_samples_as_they_are_stored(effray):
     effray("train --name one --model mlp --train.epochs 3")
     model = raypkg.load_model(Path("runs/train/one"))

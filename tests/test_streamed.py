@@ -1,6 +1,7 @@
 """Samples that are read by blocks from where they lie: the same values, an order that needs few blocks, copies."""
 
 import gc
+import logging
 import pickle
 import shutil
 import weakref
@@ -22,7 +23,7 @@ from raypkg.data import load_data
 from raypkg.data.coreset import Coreset
 from raypkg.data.opening import open_data
 from raypkg.data.split import at_hand, shuffled_by_blocks
-from raypkg.data.store import images, parts
+from raypkg.data.store import images, parts, streamed
 from raypkg.data.store.parts import Stream
 from raypkg.data.store.streamed import HeldBlocks
 from raypkg.engine.batches import Batches
@@ -196,6 +197,18 @@ def test_a_disk_too_small_for_a_copy(split, monkeypatch):
         at_hand(split, torch.tensor([1, 2]))
 
 
+def test_a_killed_copy_leaves_no_file(split, stream, monkeypatch):
+    """Its file never has a name, so the disk space is freed however the process ends."""
+    write = streamed.write_batches
+
+    def looked_at(*arguments):
+        assert not list(stream.cache.iterdir())
+        write(*arguments)
+
+    monkeypatch.setattr(streamed, "write_batches", looked_at)
+    at_hand(split, torch.tensor([1, 2]))
+
+
 def test_a_window_beyond_the_memory_is_refused(split, monkeypatch):
     monkeypatch.setattr("raypkg.core.memory.machine_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"dataset.window = 4, \d+ blocks at once: needed is .* lower it"):
@@ -242,6 +255,16 @@ def test_a_hook_cannot_choose_samples_that_were_not_copied(split):
     run.coreset = Coreset.uniform(torch.arange(5, 15))
     with pytest.raises(UserError, match="samples outside the given coreset"):
         run.batches()
+
+
+def test_a_truncated_part_is_rebuilt_with_a_warning(source, stream, caplog, tmp_path):
+    load_data(source, cache=stream)
+    for file in (tmp_path / "stores").glob("*/*.blocks"):
+        file.write_bytes(file.read_bytes()[:-9])
+    with caplog.at_level(logging.WARNING):
+        again = load_data(source, cache=stream)
+    assert "is damaged and is built again" in caplog.text
+    same(load_data(source, cache=tmp_path / "local").train, again.train)
 
 
 @pytest.mark.parametrize("place", [0, 0.5, 1])

@@ -1,6 +1,7 @@
 """Texts: columns and labels in every format, tokens, batches, splits and errors."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -8,10 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from gloo import on_workers
 from raypkg.core.errors import UserError
 from raypkg.data import load_data
 from raypkg.data.kinds import TEXTS
 from raypkg.data.tokenizer import encode, trained
+from raypkg.engine.loop import fit
+from raypkg.engine.run import Run
+from raypkg.engine.worker import Worker
+from raypkg.models import build_model
 
 pytest.importorskip("tokenizers")
 WORDS = "the a cat dog sat ran on under mat house red blue big small who where".split()
@@ -240,3 +246,19 @@ def test_marks_of_others_are_checked(edit, match):
     marked = tokenizers.Tokenizer.from_str(words.to_str().replace('"post_processor":null', edit))
     with pytest.raises(UserError, match=match):
         encode(marked, ["the"], 128)
+
+
+def trained_on(worker, folder):
+    train = load_data(f"text:{folder}/set", cache=Path(folder) / "cache").train
+    model = build_model("transformer", train.shape, 3, seed=0, options={"width": 16, "dropout": 0.0})
+    options = {"epochs": 2, "batch_size": 8, "optimizer": "adamw", "lr": 1e-3, "precision": "float64"}
+    run = fit(Run.simple(model, train, worker=worker, **options))
+    return [weight.detach().numpy() for weight in run.model.parameters()]
+
+
+def test_two_workers_train_as_one_though_each_pads_its_own_texts(written, tmp_path):
+    written()
+    alone = trained_on(Worker(), tmp_path)
+    for weights in on_workers(2, trained_on, tmp_path):
+        for a, b in zip(alone, weights, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)

@@ -158,6 +158,13 @@ def test_a_history_needs_a_local_disk(root, tmp_path):
     assert "Allowed: none" in effray(f"show one --root '{root}'", tmp_path).line
 
 
+def test_no_name_leaves_the_root(root, tmp_path):
+    for name in ("../x", "#x", "%2e%2e"):
+        assert "--name" in effray(f"train {SMALL} --name '{name}' --root '{root}'", tmp_path).line
+    assert "cannot be .." in effray(f"show '{root}#/../x'", tmp_path).line
+    assert "Allowed: none" in effray(f"show .. --root '{root}'", tmp_path).line
+
+
 def test_of_two_that_want_a_name_none_is_a_second(root, tmp_path):
     runs = [start(f"train {SMALL} --seed {seed} --name one --root '{root}'", tmp_path) for seed in (1, 2)]
     ended = [run.end() for run in runs]

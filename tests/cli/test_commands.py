@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -408,6 +409,21 @@ def test_the_user_s_own_code(effray, tmp_path, monkeypatch):
     assert coreset("lipt/one").num_rows == 8 and summary("lipt/one")["samples"] == 81
     assert "[b], [/x], :smile:" in effray("data own_code:rows")  # printed as they are, not as markup
     assert "30 to 30" in effray("data own_code:rows --set samples=90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "code"), [("", 0), ("--dataset folder:nowhere", 2)])
+def test_wandb_offline(tmp_path, monkeypatch, options, code):
+    monkeypatch.chdir(tmp_path)
+    script = shutil.which("effray") or ""
+    words = shlex.split(f"train --name one --model linear --train.epochs 1 --cluster.workers 0 --track wandb {options}")
+    done = outside(script, *words, WANDB_MODE="offline", OMP_NUM_THREADS="1")
+    assert done.returncode == code
+    if code:
+        assert done.stderr.count("\n") == 1 and not list(Path("runs").glob("*/*"))
+    else:
+        (run,) = Path("runs/train/one/wandb").glob("offline-run-*")
+        assert f"wandb sync {run.absolute()}" in done.stdout
 
 
 def test_the_fast_recipe_is_a_file_of_settings(effray):

@@ -218,6 +218,18 @@ def test_an_unfinished_run_names_the_command_that_resumes_it(effray, refusal, mo
         effray(f"deltagrad delete {name} --ids 1")
 
 
+def test_opening_a_run_deletes_the_leftovers_of_killed_requests(trained):
+    trained("deltagrad delete a --ids 0,1")
+    before = sorted(RUN.rglob("*"))
+    for folder in ("versions/00002", "added"):
+        (RUN / folder).mkdir()
+    for name in ("versions/00002/history.arrow", "requests/00002.parquet", "requests/00002.parquet.17.part",
+                 "added/00002.arrow.17.part", "added/00002.arrow", "log.jsonl.17.part"):  # fmt: skip
+        (RUN / name).touch()
+    trained("deltagrad log a")
+    assert sorted(RUN.rglob("*")) == before
+
+
 def test_a_loaded_model_scales_its_inputs_as_in_training(trained, refusal):
     model, test = load_model("a"), load_data("digits").test
     found = (model.predict(test.batch(range(len(test)))[0]).labels == test.y).double().mean()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from base64 import b64encode
 from pathlib import Path
@@ -292,6 +293,17 @@ def test_list_tells_a_sweep_whose_record_is_damaged_and_still_lists_its_trials(e
     assert names == {"s": ["bad", "sweep.json"], "s-000": ["done", "digits"], "s-001": ["done", "digits"]} | {
         "s-002": ["stopped", "digits"]
     }
+
+
+def test_list_imports_no_torch(call):
+    begun(done=True)
+    code = (
+        "import sys; from raypkg.cli import main\n"
+        "try: main(['list'])\n"
+        "except SystemExit: assert not {'torch', 'ray', 'wandb', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stdout.splitlines()), done.stderr) == (0, 3, "")
 
 
 # rm
