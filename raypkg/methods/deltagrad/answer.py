@@ -118,16 +118,16 @@ def estimate(run: RecordedRun, change: Change, chosen: ReplaySettings) -> float:
     exact_steps = Periodic(chosen.period, *chosen.beginning(total))
     of_gradient = 4 * history.layout.parameters
     work, again = START / of_gradient, 0.0
+    use = before.to(torch.uint8) + 2 * change.now.to(torch.uint8)  # 1 = goes, 2 = comes, 3 = stays
     differs = learnt = False
     for batch in membership.batches(total):
-        was, stays = before[batch], change.now[batch]
-        again += int(stays.sum()) + TRAINED / of_gradient
-        changed = int((was ^ stays).sum())
-        if not stays.any() or not (differs or changed):
+        _, gone, came, kept = use[batch].bincount(minlength=4).tolist()
+        again += came + kept + TRAINED / of_gradient
+        if not came + kept or not (differs or gone + came):
             continue
-        work += changed + 2 * chosen.pairs + 3 + REPLAYED / of_gradient
+        work += gone + came + 2 * chosen.pairs + 3 + REPLAYED / of_gradient
         exact = differs and (not learnt or exact_steps.due())  # of the first changed step all is recorded
-        work += int((was & stays).sum()) if exact else 0
+        work += kept if exact else 0
         exact_steps.took(exact)
         learnt |= exact
         differs = True
