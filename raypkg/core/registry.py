@@ -117,6 +117,7 @@ class Entry:
 
     def __call__(self, *arguments: Any, options: Mapping[str, Any] | None = None, **given: Any) -> Any:
         """Call the function with a user's options and the supplied keywords that it declares."""
+        given["registered"] = self.name
         supplied = {name: value for name, value in given.items() if name in self.declares}
         chosen = self.options(options or {})
         if self.source != USER_CODE:
@@ -137,8 +138,9 @@ class Registry:
     """Functions of one kind. ``@kind(name, source=…)`` adds one, ``kind[name]`` finds it.
 
     A place ``raypkg.models`` is a module, or all modules of a package; ``raypkg.methods.*.hook`` are the modules of one
-    name in several packages. ``given`` are keywords that callers supply and users cannot set ("rng"). ``decorator`` is
-    the registry's name in the source, where it differs from its kind.
+    name in several packages. ``given`` are keywords that callers supply and users cannot set ("rng"); a function of
+    several names takes ``registered``, its own. ``decorator`` is the registry's name in the source, where it differs
+    from its kind.
     """
 
     def __init__(self, kind: str, *places: str, given: tuple[str, ...] = (), decorator: str = ""):

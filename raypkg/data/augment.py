@@ -30,7 +30,6 @@ CROP = re.compile(r"crop:([1-9]\d?)(:reflect)?")  # a crop with its border in pi
 LOCK = Lock()  # of the global generator
 
 Change = Callable[[Tensor, Tensor], Tensor]  # (uint8 [b, C, H, W], uniforms [b, draws]) → uint8 [b, C, H, W]
-Operation = Callable[[Tensor, float, Tensor], Tensor]
 Number = Tensor | float
 
 
@@ -138,19 +137,13 @@ def randaugment(x: Tensor, u: Tensor, magnitude: float = 5 / 30) -> Tensor:
     sign = torch.where(u[:, 1] < 0.5, -1.0, 1.0)  # [b]
     out = x.clone(memory_format=torch.channels_last)
     sizes = kind.bincount(minlength=len(OPERATIONS)).tolist()  # the host waits once, not for each operation
-    for drawn, operation in zip(kind.argsort(stable=True).split(sizes), OPERATIONS, strict=True):
+    for drawn, operation in zip(kind.argsort(stable=True).split(sizes), OPERATIONS.values(), strict=True):
         if len(drawn):
             out[drawn] = operation(x[drawn], magnitude, sign[drawn])
     return out
 
 
-def identity(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Change nothing."""
-    return x
-
-
-def autocontrast(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Stretch each channel to the whole range."""
+def _autocontrast(x: Tensor, m: float, sign: Tensor) -> Tensor:
     low = x.amin((2, 3), keepdim=True).float()  # [b, C, 1, 1]
     high = x.amax((2, 3), keepdim=True).float()
     spread = (high - low).clamp_min(1)
@@ -159,8 +152,8 @@ def autocontrast(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     return torch.where(high > low, stretched, x)
 
 
-def equalize(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Level each channel's histogram: v → ⌊(#{pixels < v} + s/2) / s⌋ with s = #{pixels < brightest} / 255."""
+def _equalize(x: Tensor, m: float, sign: Tensor) -> Tensor:
+    # Level each channel's histogram: v → ⌊(#{pixels < v} + s/2) / s⌋ with s = #{pixels < brightest} / 255.
     b, c = x.shape[:2]
     pixels = x.reshape(b, c, -1).long()  # [b, C, H·W]
     counts = torch.zeros(b, c, 256, dtype=torch.long, device=x.device)
@@ -175,79 +168,22 @@ def equalize(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     return table.gather(2, pixels).view(x.shape).to(torch.uint8)
 
 
-def solarize(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Invert what is brighter than a threshold."""
-    threshold = 255 * (1 - magnitude)
-    return torch.where(x >= threshold, 255 - x, x)
-
-
-def posterize(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Keep the highest 8 … 4 bits."""
-    dropped = round(4 * magnitude)
-    return x >> dropped << dropped
-
-
-def brightness(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Blend with black."""
-    return _blend(x, torch.zeros(1, device=x.device), magnitude, sign)
-
-
-def contrast(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Blend with the mean grey of the image."""
-    return _blend(x, _grey(x).mean((1, 2, 3), keepdim=True), magnitude, sign)
-
-
-def color(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Blend with the image in grey."""
-    return _blend(x, _grey(x), magnitude, sign)
-
-
-def sharpness(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Blend with the image smoothed by a 3×3 kernel; the pixels of the border stay as they are."""
-    channels = x.shape[1]
+def _sharpness(x: Tensor, m: float, sign: Tensor) -> Tensor:
     weights = torch.tensor(SMOOTHING, device=x.device)
     kernel = weights / weights.sum()
-    smooth = x.float()
-    inner = F.conv2d(smooth, kernel.expand(channels, 1, 3, 3), groups=channels)  # [b, C, H−2, W−2]
-    smooth[:, :, 1:-1, 1:-1] = inner
-    return _blend(x, smooth, magnitude, sign)
+    smooth = x.float()  # the pixels of the border stay as they are
+    smooth[:, :, 1:-1, 1:-1] = F.conv2d(smooth, kernel.expand(x.shape[1], 1, 3, 3), groups=x.shape[1])
+    return _blend(x, smooth, m, sign)
 
 
-def rotate(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Turn about the centre."""
-    angle = math.radians(30 * magnitude) * sign
+def _rotate(x: Tensor, m: float, sign: Tensor) -> Tensor:
+    angle = math.radians(30 * m) * sign
     return _warp(x, xx=angle.cos(), xy=-angle.sin(), yx=angle.sin(), yy=angle.cos())
 
 
-def shear_x(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Shift rows in proportion to their height."""
-    return _warp(x, xy=0.3 * magnitude * sign)
-
-
-def shear_y(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Shift columns in proportion to their width."""
-    return _warp(x, yx=0.3 * magnitude * sign)
-
-
-def translate_x(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Shift sideways; pixels that move to the right come from the left."""
-    return _warp(x, x1=-_shift(magnitude, x.shape[3]) * sign)
-
-
-def translate_y(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Shift up or down."""
-    return _warp(x, y1=-_shift(magnitude, x.shape[2]) * sign)
-
-
-OPERATIONS: tuple[Operation, ...] = (
-    identity, autocontrast, equalize, rotate, solarize, color, posterize,
-    contrast, brightness, sharpness, shear_x, shear_y, translate_x, translate_y,
-)  # fmt: skip
-
-
-def _blend(x: Tensor, other: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Return other + f·(x − other) with f = 1 ± 0.9·magnitude."""
-    factor = (1 + 0.9 * magnitude * sign).view(-1, 1, 1, 1)  # [b, 1, 1, 1]
+def _blend(x: Tensor, other: Tensor | float, m: float, sign: Tensor) -> Tensor:
+    """Return other + f·(x − other) with f = 1 ± 0.9·m."""
+    factor = (1 + 0.9 * m * sign).view(-1, 1, 1, 1)  # [b, 1, 1, 1]
     return _to_uint8(other + factor * (x - other))
 
 
@@ -263,10 +199,9 @@ def _to_uint8(x: Tensor) -> Tensor:
     return x.clamp(0, 255).to(torch.uint8)
 
 
-def _shift(magnitude: float, side: int) -> float:
+def _shift(m: float, side: int) -> float:
     """Return a translation by whole pixels in units of half a side."""
-    pixels = int(150 / 331 * side * magnitude)
-    return pixels / side * 2
+    return int(150 / 331 * side * m) / side * 2
 
 
 def _warp(
@@ -283,6 +218,23 @@ def _warp(
     moved = F.grid_sample(x.float(), grid, mode="nearest", align_corners=False)
     return moved.to(torch.uint8)
 
+
+OPERATIONS: dict[str, Callable[[Tensor, float, Tensor], Tensor]] = {  # images, magnitude m, signs → images
+    "identity": lambda x, m, sign: x,
+    "autocontrast": _autocontrast,  # stretches each channel to the whole range
+    "equalize": _equalize,
+    "rotate": _rotate,
+    "solarize": lambda x, m, sign: torch.where(x >= 255 * (1 - m), 255 - x, x),  # inverts what is brighter
+    "color": lambda x, m, sign: _blend(x, _grey(x), m, sign),
+    "posterize": lambda x, m, sign: x >> round(4 * m) << round(4 * m),  # keeps the highest 8 … 4 bits
+    "contrast": lambda x, m, sign: _blend(x, _grey(x).mean((1, 2, 3), keepdim=True), m, sign),
+    "brightness": lambda x, m, sign: _blend(x, 0.0, m, sign),
+    "sharpness": _sharpness,
+    "shear_x": lambda x, m, sign: _warp(x, xy=0.3 * m * sign),
+    "shear_y": lambda x, m, sign: _warp(x, yx=0.3 * m * sign),
+    "translate_x": lambda x, m, sign: _warp(x, x1=-_shift(m, x.shape[3]) * sign),  # from the left to the right
+    "translate_y": lambda x, m, sign: _warp(x, y1=-_shift(m, x.shape[2]) * sign),
+}
 
 AUGMENTATIONS = {
     "crop": Augmentation(2, crop),

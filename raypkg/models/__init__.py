@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .classifier import Classifier
     from .language import LanguageModel
 
-model = Registry("model", "raypkg.models", given=("variant",))
+model = Registry("model", "raypkg.models", given=("variant", "registered"))
 
 
 def build_model(
@@ -46,7 +46,7 @@ def build_model(
     if entry.name != name and "variant" not in signature.parameters:
         raise UserError(f"model {name!r}: {entry.name!r} takes nothing after a colon")
     try:
-        signature.bind(shape, num_classes)
+        signature.bind(shape, num_classes, **dict.fromkeys(entry.declares))
     except TypeError:
         raise UserError(f"model {name!r} must be callable as function(shape, num_classes), not {signature}") from None
 

@@ -84,25 +84,29 @@ def stages(width: int, blocks: list[int], branch: Connection, shortcut: Connecti
     return nn.Sequential(*layers), channels
 
 
-def small(shape: Shape, num_classes: int, *, depth: int, width: int, norm: Norm) -> Classifier:
-    """Section 4.2: 6n + 2 layers in three stages of n blocks with w, 2w, 4w channels and option-A shortcuts."""
+@model("resnet8", source=HE)
+@model("resnet20", source=HE)
+@model("resnet32", source=HE)
+@model("resnet56", source=HE)
+def small(shape: Shape, num_classes: int, *, registered: str, width: Width = 16, norm: Norm = "batch") -> Classifier:
+    """ResNet for small images: 0.08 M parameters with 8 layers, 0.27 M with 20, 0.46 M with 32, 0.85 M with 56.
+
+    Section 4.2: 6n + 2 layers in three stages of n blocks with w, 2w, 4w channels and option-A shortcuts.
+    """
     channels, _, _ = image_shape(shape, least=4)
-    blocks = (depth - 2) // 6
+    blocks = (int(registered.removeprefix("resnet")) - 2) // 6
     stem = [*conv(channels, width, 3), nn.ReLU()]
     body, out = stages(width, [blocks] * 3, basic, Padded)
     return classifier([*stem, body], out, num_classes, norm)
 
 
-def large(
-    shape: Shape,
-    num_classes: int,
-    *,
-    blocks: list[int],
-    width: int,
-    norm: Norm,
-    branch: Connection = basic,
-) -> Classifier:
-    """Table 1: four stages with w, 2w, 4w, 8w channels (times 4 after bottlenecks) and option-B shortcuts.
+@model("resnet18", source=HE)
+@model("resnet34", source=HE)
+@model("resnet50", source=HE)
+def large(shape: Shape, num_classes: int, *, registered: str, width: Width = 64, norm: Norm = "batch") -> Classifier:
+    """ResNet for large images: 11.2 M parameters with 18 layers, 21.3 M with 34, 25.6 M with 50 and 1,000 classes.
+
+    Table 1: four stages with w, 2w, 4w, 8w channels (times 4 after bottlenecks) and option-B shortcuts.
 
     Differs from the paper: images with a side under 96 pixels meet a 3 × 3 stem of stride 1 without max-pool.
     """
@@ -111,7 +115,8 @@ def large(
         stem = [*conv(channels, width, 3), nn.ReLU()]
     else:
         stem = [*conv(channels, width, 7, stride=2), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)]
-    body, out = stages(width, blocks, branch, projected)
+    blocks = [2, 2, 2, 2] if registered == "resnet18" else [3, 4, 6, 3]
+    body, out = stages(width, blocks, bottleneck if registered == "resnet50" else basic, projected)
     return classifier([*stem, body], out, num_classes, norm)
 
 
@@ -171,45 +176,3 @@ class Frozen(Classifier):
         self.features(x)
         for norm in norms:
             norm.fitting = False
-
-
-@model("resnet8", source=HE)
-def resnet8(shape: Shape, num_classes: int, *, width: Width = 16, norm: Norm = "batch") -> Classifier:
-    """ResNet-8 for small images, 0.08 M parameters."""
-    return small(shape, num_classes, depth=8, width=width, norm=norm)
-
-
-@model("resnet20", source=HE)
-def resnet20(shape: Shape, num_classes: int, *, width: Width = 16, norm: Norm = "batch") -> Classifier:
-    """ResNet-20 for small images, 0.27 M parameters."""
-    return small(shape, num_classes, depth=20, width=width, norm=norm)
-
-
-@model("resnet32", source=HE)
-def resnet32(shape: Shape, num_classes: int, *, width: Width = 16, norm: Norm = "batch") -> Classifier:
-    """ResNet-32 for small images, 0.46 M parameters."""
-    return small(shape, num_classes, depth=32, width=width, norm=norm)
-
-
-@model("resnet56", source=HE)
-def resnet56(shape: Shape, num_classes: int, *, width: Width = 16, norm: Norm = "batch") -> Classifier:
-    """ResNet-56 for small images, 0.85 M parameters."""
-    return small(shape, num_classes, depth=56, width=width, norm=norm)
-
-
-@model("resnet18", source=HE)
-def resnet18(shape: Shape, num_classes: int, *, width: Width = 64, norm: Norm = "batch") -> Classifier:
-    """ResNet-18, 11.2 M parameters."""
-    return large(shape, num_classes, blocks=[2, 2, 2, 2], width=width, norm=norm)
-
-
-@model("resnet34", source=HE)
-def resnet34(shape: Shape, num_classes: int, *, width: Width = 64, norm: Norm = "batch") -> Classifier:
-    """ResNet-34, 21.3 M parameters."""
-    return large(shape, num_classes, blocks=[3, 4, 6, 3], width=width, norm=norm)
-
-
-@model("resnet50", source=HE)
-def resnet50(shape: Shape, num_classes: int, *, width: Width = 64, norm: Norm = "batch") -> Classifier:
-    """ResNet-50, 25.6 M parameters with 1,000 classes."""
-    return large(shape, num_classes, blocks=[3, 4, 6, 3], width=width, norm=norm, branch=bottleneck)

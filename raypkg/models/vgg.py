@@ -32,52 +32,41 @@ def hidden_layer(units: int, out: int, dropout: float) -> list[nn.Module]:
     return [nn.Linear(units, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(), nn.Dropout(dropout)]
 
 
-def vgg(shape: Shape, num_classes: int, *, third: int, hidden: int, dropout: float) -> Classifier:
-    """Stages of 3 × 3 convolutions, whose third has its own kernel size, and hidden layers of 512 units.
+@model("vgg-c", source=SNIP)
+@model("vgg-d", source=SNIP)
+@model("vgg-like", source=SNIP)
+def vgg(shape: Shape, num_classes: int, *, registered: str, dropout: Probability = 0.0) -> Classifier:
+    """VGG with 16 layers: 10.5 M parameters in C (1 × 1 kernels end stages 3 to 5), 15.2 M in D, 15.0 M in like.
+
+    VGG-like (Zagoruyko 2015) is VGG-D with one hidden layer of 512 units in place of two.
 
     Differs from the paper: no biases before batch norms; max-pools omitted if images under 17 pixels run out of them;
-    the pixels that larger images leave are averaged, where the paper's first convolution halves them.
+    the pixels that larger images leave are averaged, where the paper's first convolution halves them. Differs from
+    Zagoruyko's: no dropout between convolutions, and after the hidden layer only on request, where he takes 0.5; the
+    paper has none at all.
     """
     before, *sides = image_shape(shape, least=4)
     strides = fitting(min(sides), [2] * len(STAGES))
     layers: list[nn.Module] = []
     for (out, count), stride in zip(STAGES, strides, strict=True):
         for number in range(count):
-            kernel = third if number == 2 else 3
+            kernel = 1 if registered == "vgg-c" and number == 2 else 3
             layers += [*conv(before, out, kernel), nn.ReLU()]
             before = out
         layers.append(nn.MaxPool2d(stride, ceil_mode=True))
     features = pooled(layers)  # [b, 512]
-    for _ in range(hidden):
+    for _ in range(1 if registered == "vgg-like" else 2):
         features.extend(hidden_layer(UNITS, UNITS, dropout))
     kaiming(features)
     return Classifier(features, nn.Linear(UNITS, num_classes))
 
 
-@model("vgg-c", source=SNIP)
-def vgg_c(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
-    """VGG-C, 16 layers with 1 × 1 convolutions ending stages 3 to 5, 10.5 M parameters."""
-    return vgg(shape, num_classes, third=1, hidden=2, dropout=dropout)
+@model("alexnet-s", source=SNIP)
+@model("alexnet-b", source=SNIP)
+def alexnet(shape: Shape, num_classes: int, *, registered: str, dropout: Probability = 0.0) -> Classifier:
+    """AlexNet with two hidden layers of 1,024 units (s, 5.1 M parameters) or 2,048 (b, 8.5 M).
 
-
-@model("vgg-d", source=SNIP)
-def vgg_d(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
-    """VGG-D, 16 layers with 3 × 3 convolutions throughout, 15.2 M parameters."""
-    return vgg(shape, num_classes, third=3, hidden=2, dropout=dropout)
-
-
-@model("vgg-like", source=SNIP)
-def vgg_like(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
-    """VGG-like, VGG-D with one hidden layer in place of two (Zagoruyko 2015), 15.0 M parameters.
-
-    Differs from Zagoruyko's: no dropout between convolutions, and after the hidden layer only on request, where he
-    takes 0.5; the paper has none at all.
-    """
-    return vgg(shape, num_classes, third=3, hidden=1, dropout=dropout)
-
-
-def alexnet(shape: Shape, num_classes: int, units: int, dropout: float) -> Classifier:
-    """Five convolutions, each of stride 2 (the first of 4 from 64 pixels on), and two hidden layers.
+    Each of the five convolutions has stride 2, the first 4 from 64 pixels on.
 
     Differs from the paper: no biases before batch norms, strides omitted if images under 17 pixels run out of them,
     and the pixels that larger images leave are averaged.
@@ -90,20 +79,9 @@ def alexnet(shape: Shape, num_classes: int, units: int, dropout: float) -> Class
     for (out, kernel), stride in zip(CONVOLUTIONS, strides, strict=True):
         layers += [*conv(before, out, kernel, stride), nn.ReLU()]
         before = out
+    units = 1024 if registered == "alexnet-s" else 2048
     features = pooled(layers)  # [b, 256]
     features.extend(hidden_layer(before, units, dropout))
     features.extend(hidden_layer(units, units, dropout))  # [b, units]
     kaiming(features)
     return Classifier(features, nn.Linear(units, num_classes))
-
-
-@model("alexnet-s", source=SNIP)
-def alexnet_s(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
-    """AlexNet with hidden layers of 1,024 units, 5.1 M parameters."""
-    return alexnet(shape, num_classes, units=1024, dropout=dropout)
-
-
-@model("alexnet-b", source=SNIP)
-def alexnet_b(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
-    """AlexNet with hidden layers of 2,048 units, 8.5 M parameters."""
-    return alexnet(shape, num_classes, units=2048, dropout=dropout)

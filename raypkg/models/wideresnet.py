@@ -33,14 +33,23 @@ class WideBlock(nn.Module):
         return shortcut + self.branch(active)
 
 
-def wide(shape: Shape, num_classes: int, *, depth: int, k: int, dropout: float) -> Classifier:
-    """Table 1: 6n + 4 layers in three stages of n blocks with 16k, 32k, 64k channels."""
+@model("wrn-16-8", source=WRN)
+@model("wrn-16-10", source=WRN)
+@model("wrn-22-8", source=WRN)
+@model("wrn-28-2", source=WRN)
+@model("wrn-28-10", source=WRN)
+def wide(shape: Shape, num_classes: int, *, registered: str, dropout: Probability = 0.0) -> Classifier:
+    """Wide ResNet, wrn-LAYERS-K with K times the channels: 11.0 M parameters (16-8), 17.1 (16-10) to 36.5 (28-10).
+
+    Table 1 of the paper: 6n + 4 layers in three stages of n blocks with 16k, 32k, 64k channels.
+    """
+    _, depth, k = registered.split("-")
     channels, _, _ = image_shape(shape, least=4)
     before = 16
     layers: list[nn.Module] = [nn.Conv2d(channels, before, 3, padding=1, bias=False)]
     for stage in range(3):
-        out = 16 * k * 2**stage
-        for block in range((depth - 4) // 6):
+        out = 16 * int(k) * 2**stage
+        for block in range((int(depth) - 4) // 6):
             stride = 2 if stage > 0 and block == 0 else 1
             layers.append(WideBlock(before, out, stride, dropout))
             before = out
@@ -48,33 +57,3 @@ def wide(shape: Shape, num_classes: int, *, depth: int, k: int, dropout: float) 
     features = pooled(layers)  # [b, 64k]
     kaiming(features)
     return Classifier(features, nn.Linear(before, num_classes))
-
-
-@model("wrn-16-8", source=WRN)
-def wrn_16_8(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
-    """Wide ResNet with 16 layers of 8 times the channels, 11.0 M parameters."""
-    return wide(shape, num_classes, depth=16, k=8, dropout=dropout)
-
-
-@model("wrn-16-10", source=WRN)
-def wrn_16_10(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
-    """Wide ResNet with 16 layers of 10 times the channels, 17.1 M parameters."""
-    return wide(shape, num_classes, depth=16, k=10, dropout=dropout)
-
-
-@model("wrn-22-8", source=WRN)
-def wrn_22_8(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
-    """Wide ResNet with 22 layers of 8 times the channels, 17.2 M parameters."""
-    return wide(shape, num_classes, depth=22, k=8, dropout=dropout)
-
-
-@model("wrn-28-2", source=WRN)
-def wrn_28_2(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
-    """Wide ResNet with 28 layers of twice the channels, 1.5 M parameters."""
-    return wide(shape, num_classes, depth=28, k=2, dropout=dropout)
-
-
-@model("wrn-28-10", source=WRN)
-def wrn_28_10(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
-    """Wide ResNet with 28 layers of 10 times the channels, 36.5 M parameters."""
-    return wide(shape, num_classes, depth=28, k=10, dropout=dropout)
