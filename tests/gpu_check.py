@@ -28,7 +28,7 @@ from raypkg.coresets.sharded import LiveModel
 from raypkg.data import Data
 from raypkg.data.coreset import Coreset
 from raypkg.engine.loop import autocast
-from raypkg.engine.shards import LocalShards, Shard
+from raypkg.engine.shards import Shard
 from raypkg.engine.worker import CPU, Worker
 from raypkg.experiments.train import TrainSettings
 from raypkg.experiments.training import Job, train_model
@@ -132,7 +132,7 @@ class Checks:
 
     def methods(self):
         """Measure steps of AGENT and CREST beside plain ones."""
-        crest = Crest(CrestOptions(), LocalShards([self.shard]), self.indices, self.batch)
+        crest = Crest(CrestOptions(), self.indices, self.batch)
         crest.steps = self.steps
         agent = Correction(AgentOptions(form="measured", always=True))
         plain, _ = self.trained(self.small)

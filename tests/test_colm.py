@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import reference
+from gloo import on_workers
 from raypkg import CrestLoader, Run, Split, build_model, fit
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.record import Recorder
-from raypkg.data import Data
-from raypkg.engine.shards import LocalShards, Shard
+from raypkg.engine.worker import Worker
 from raypkg.methods.crest import colm
 from raypkg.methods.crest.colm import AdamMoments, LastValues, choose
 from raypkg.methods.crest.hook import Crest
@@ -211,16 +211,14 @@ def trained(model):
     return flat(weight for weight in model.parameters() if weight.requires_grad)
 
 
-def run(gradient, world=1, epochs=EPOCHS):
-    """Return effray's own run, with the choice shared by ``world`` shards."""
-    data, indices = split(), torch.arange(N)
-    empty = torch.empty(0, dtype=torch.int64)
-    shards = [Shard(Data(data, data), indices, empty, rank=rank, world=world) for rank in range(world)]
+def run(gradient, worker=None, epochs=EPOCHS):
+    """Return effray's own run, on all workers."""
+    data = split()
     options = CrestOptions(choose="colm", gradient=gradient, tau=0.0, subset="2m", exclude_below=0.0)
-    hook = Crest(options, LocalShards(shards), indices, SIZE)
+    hook = Crest(options, torch.arange(N), SIZE)
     training = {"epochs": epochs, "batch_size": SIZE, "lr": 0.01, "precision": "float32", "schedule": "constant"}
     training |= {"optimizer": "adamw", "momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
-    return Run.simple(network(), data, hooks=[Recorder(data.y), hook], augment=(), **training)
+    return Run.simple(network(), data, hooks=[Recorder(data.y), hook], augment=(), worker=worker, **training)
 
 
 @pytest.mark.parametrize("gradient", ["estimate", "exact"])
@@ -238,8 +236,13 @@ def test_a_bare_loop_gives_the_weights_of_effrays_run_bit_for_bit(gradient):
     assert results.tables["steps"]["steps"].to_numpy().sum() == steps * SIZE
 
 
-def test_choices_do_not_depend_on_the_number_of_shards():
-    assert trained(fit(run("estimate", world=3, epochs=1)).model).equal(trained(fit(run("estimate", epochs=1)).model))
+def choices_by(worker):
+    return fit(run("estimate", worker, epochs=1)).hooks[1].picked[0]
+
+
+def test_choices_do_not_depend_on_the_number_of_workers():
+    alone, *others = choices_by(Worker()), *on_workers(2, choices_by)
+    assert all(picked.equal(alone) for picked in others)
 
 
 @pytest.mark.parametrize("gradient", ["estimate", "exact"])

@@ -10,17 +10,16 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import reference
+from gloo import on_workers
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Training
 from raypkg.coresets.record import Recorder
-from raypkg.data import Data
 from raypkg.data.kinds import TEXTS
 from raypkg.data.split import Split
 from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
-from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.crest import quadratic
 from raypkg.methods.crest.hook import Crest
 from raypkg.methods.crest.quadratic import MovingMoments, Region, flat, gradient_of, hessian_diagonal
@@ -160,13 +159,11 @@ def whole(data):
     return data.inputs(x), y
 
 
-def run(options, training=PLAIN, *, data=None, model="mlp", holders=1, hooks=(), augment=(), **model_options):
+def run(options, training=PLAIN, *, data=None, model="mlp", worker=None, hooks=(), augment=(), **model_options):
     data = data or split()
-    indices, none = torch.arange(N), torch.empty(0, dtype=torch.int64)
-    shards = LocalShards([Shard(Data(data, data), indices, none, rank=i, world=holders) for i in range(holders)])
-    crest = Crest(options, shards, indices, SIZE)
+    hooks = [Recorder(data.y), Crest(options, torch.arange(N), SIZE), *hooks]
     built = build_model(model, data.shape, 3, seed=0, options=model_options)
-    return Run.simple(built, data, training, hooks=[Recorder(data.y), crest, *hooks], augment=augment)
+    return Run.simple(built, data, training, hooks=hooks, augment=augment, worker=worker)
 
 
 def fast(**settings):
@@ -174,9 +171,9 @@ def fast(**settings):
 
 
 @functools.cache
-def trained_with(holders=1, **settings):
+def trained_with(**settings):
     """Return a finished training, shared by all tests, which only read it."""
-    return fit(run(fast(**settings), holders=holders))
+    return fit(run(fast(**settings)))
 
 
 def state_of(trained):
@@ -233,14 +230,19 @@ def test_without_a_local_model_samples_are_excluded_by_the_losses_of_choices():
     assert 2 * 36 <= int(state_of(everything).samples.active.sum()) < N  # two random subsets stay
 
 
+def trained_by(worker, settings):
+    trained = fit(run(fast(**settings), worker=worker))
+    return flat(trained.model.parameters()), trained.hooks[1].counts, state_of(trained).history
+
+
 @pytest.mark.parametrize("settings", [{"tau": 0.05, "h": 2, "subset": 0.3}, EACH_STEP], ids=["τ 0.05", "τ 0"])
-@pytest.mark.parametrize("holders", [2, 3])
-def test_the_number_of_holders_does_not_matter(holders, settings):
-    one, many = trained_with(**settings), trained_with(holders=holders, **settings)
-    assert same_weights(one, many, 1e-5)
-    assert one.hooks[1].counts.equal(many.hooks[1].counts)
-    if settings["tau"]:
-        assert rhos(one) == pytest.approx(rhos(many), abs=1e-4)
+def test_the_number_of_workers_does_not_matter(settings):
+    one = trained_with(**settings)
+    for weights, counts, history in on_workers(2, trained_by, settings):
+        torch.testing.assert_close(weights, flat(one.model.parameters()), rtol=0, atol=1e-5)
+        assert counts.equal(one.hooks[1].counts)
+        found, expected = ([row.get("rho") for row in rows] for rows in (history, state_of(one).history))
+        assert found == pytest.approx(expected, abs=1e-4)
 
 
 STOPPED = {"tau": 0.1, "h": 4, "subset": 0.3, "exclude_every_steps": 7, "exclude_below": 0.4, **ONE_LOW_LOSS}

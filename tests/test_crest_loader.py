@@ -12,8 +12,6 @@ import reference
 from raypkg import CrestLoader, Run, Split, build_model, fit
 from raypkg.core.errors import UserError
 from raypkg.coresets.record import Recorder
-from raypkg.data import Data
-from raypkg.engine.shards import LocalShards, Shard
 from raypkg.engine.worker import Worker
 from raypkg.methods.crest.hook import Crest
 from raypkg.methods.crest.quadratic import flat
@@ -84,8 +82,7 @@ def test_a_bare_loop_gives_the_weights_of_effrays_run_bit_for_bit(options):
     model, optimizer, loader = start(**options)
     train(model, optimizer, loader)
     data, indices = split(), torch.arange(N)
-    shards = LocalShards([Shard(Data(data, data), indices, torch.empty(0, dtype=torch.int64))])
-    hook = Crest(loader.options, shards, indices, SIZE)
+    hook = Crest(loader.options, indices, SIZE)
     training = {"epochs": EPOCHS, "batch_size": SIZE, "lr": 0.05, "precision": "float32", "schedule": "constant"}
     training |= {"nesterov": False, "weight_decay": 0.0}
     run = fit(Run.simple(network(), data, hooks=[Recorder(data.y), hook], augment=(), **training))

@@ -152,8 +152,7 @@ def agent(device, samples):
 
 def crest(device, samples):
     everyone = torch.arange(N)
-    shards = LocalShards([Shard(Data(samples, samples), everyone, everyone[:0], device)])
-    return [Crest(CrestOptions(tau=0.05, h=2.0, subset=0.5), shards, everyone, 16)]
+    return [Crest(CrestOptions(tau=0.05, h=2.0, subset=0.5), everyone, 16)]
 
 
 TRAININGS = {

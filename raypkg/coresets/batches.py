@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from raypkg.core.errors import Interruption, UserError, shown, unknown
 from raypkg.core.seeds import generator, seeded
-from raypkg.engine.worker import Worker, keep_freed_memory
+from raypkg.engine.worker import Worker as Worker
+from raypkg.engine.worker import keep_freed_memory
 from raypkg.models.classifier import Tapped
 
 LABELS = "labels"  # in a batch that is a mapping, as those of Hugging Face are

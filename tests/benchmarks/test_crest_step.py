@@ -15,7 +15,6 @@ from raypkg.data import load_data
 from raypkg.data.coreset import Coreset
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
-from raypkg.engine.shards import LocalShards, Shard
 from raypkg.engine.worker import threads
 from raypkg.methods.crest.hook import Crest
 from raypkg.methods.crest.settings import CrestOptions
@@ -70,9 +69,8 @@ def made(data, settings):
     indices = torch.arange(len(data.train))
     hooks = []
     if settings is not None:
-        shards = LocalShards([Shard(data, indices, torch.empty(0, dtype=torch.int64))])
         options = CrestOptions(**{**CrestOptions.former, **settings})
-        crest = Crest(options, shards, indices, BATCH)
+        crest = Crest(options, indices, BATCH)
         crest.steps = STEPS
         hooks.append(crest)
     training = Training(epochs=ROUNDS, batch_size=BATCH, schedule="multistep", milestones=(0.6, 0.85), warmup=0.1)

@@ -4,75 +4,139 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from math import ceil
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
+from raypkg.coresets.batches import Worker
+from raypkg.coresets.gradients import HeadView, head_view
+from raypkg.models.classifier import in_mode
 
-from .quadratic import Region, check_interval, flat, gradient_of, hessian_diagonal, relative_error
-from .selection import ActiveSamples, Chosen, Pool, Subset
+from .quadratic import Derive, Region, check_interval, flat, gradient_of, hessian_diagonal, relative_error
+from .selection import ActiveSamples, Chosen, Pool, Subset, choose_minibatches
 from .settings import CrestOptions
 
-T = TypeVar("T")
 LossesOf = Callable[[Any], Tensor]  # inputs of a language model → its losses [b]
 Compute = Callable[[LossesOf, Any], tuple[Tensor, Tensor]]  # and the inputs → losses [b], factors of gradients [b, k]
 # Samples of a forward pass that chooses for a language model. Fixed, so that losses do not depend on the number of
 # workers, and small, so that none of them needs more memory than its share of a step.
 CHUNK = 8
-Derive = Callable[[Tensor, Sequence[Tensor]], Tensor]  # (loss, parameters) → a derivative, linear in the loss [p]
 
 
 class Loop(ABC):
-    """A training as CREST sees it: a model, which changes between the steps, and its passes over samples."""
+    """A training as CREST sees it: a model, which changes between the steps, and its passes over samples.
+
+    Passes are in evaluation mode. The workers share each of them and call it together.
+    """
 
     model: nn.Module
     seed: int
     steps: int  # of the whole training
+    size: int  # m
+    at_once: int  # samples of a backward pass
+    worker: Worker
     augment: Sequence[str] = ()  # of the samples that CREST sees
     gives_gradients = False  # True: the next step computes the gradient of its coreset anyway, for ``on_gradients``
 
     @abstractmethod
-    def choose(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> list[Chosen]:
-        """Choose a mini-batch coreset from each random subset, with these weights; None = the present ones."""
+    def batches(
+        self, subset: Subset, part: str, size: int | None = None, *, backward: bool = False
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """Yield (x, y) of samples on the model's device, and count them for a part of the cost."""
 
     @abstractmethod
+    def losses_of(self, x: Any, y: Tensor) -> Tensor:
+        """Return the losses of a language model, [b]."""
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the context of forward passes."""
+        return nullcontext()
+
+    @contextmanager
+    def passing(self, part: str) -> Iterator[None]:
+        """Make passes for a part of the cost inside the block, all workers with rank 0's buffers."""
+        self.worker.share(self.model.buffers())
+        with in_mode(self.model, training=False):  # dropout and batch norm would make the model noisy
+            yield
+
+    def view(self, model: nn.Module, subset: Subset, part: str) -> HeadView:
+        """Return the logits and labels of samples."""
+        with self.precision():
+            return head_view(model, self.batches(subset, part))
+
+    def choose(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> list[Chosen]:
+        """Choose a mini-batch coreset from each random subset, with these weights; None = the present ones."""
+        rank, world = self.worker.rank, self.worker.world
+        own, mine = subsets[rank::world], []
+        with self.passing("select"):
+            model = self.model
+            if weights is not None:
+                model = deepcopy(model)
+                model.load_state_dict(weights)
+            if own:  # one forward pass over all of them
+                mine = choose_minibatches(own, self.view(model, Subset.concat(own), "select"), self.size)
+            everyone = self.worker.gather(mine)
+        return [everyone[number % world][number // world] for number in range(len(subsets))]
+
     def value_gradients(self, compute: Compute, subset: Subset) -> tuple[Tensor, Tensor, Tensor]:
         """Return the losses [r] of a language model, factors of their gradients [r, k] and the sources, int64 [r].
 
-        ``compute`` returns the first two of a few samples; it runs in evaluation mode, on ``CHUNK`` samples at a time.
+        ``compute`` returns the first two of a few samples, ``CHUNK`` at a time.
         """
+        rank, world = self.worker.rank, self.worker.world
+        chunks = torch.arange(len(subset)).split(CHUNK)
+        own, mine = chunks[rank::world], []
+        with self.passing("select"), self.precision():
+            for x, y in self.batches(subset[torch.cat(own)], "select", CHUNK) if own else ():
+                losses, factors = compute(lambda inputs, y=y: self.losses_of(inputs, y), x)  # type: ignore[misc]
+                mine.append((losses, factors, y.cpu() if y.dim() == 1 else torch.zeros(len(y), dtype=torch.int64)))
+            everyone = self.worker.gather(mine)
+        parts = [everyone[number % world][number // world] for number in range(len(chunks))]
+        losses, factors, sources = (torch.cat(each) for each in zip(*parts, strict=True))
+        return losses, factors, sources
 
-    @abstractmethod
     def losses(self, subset: Subset) -> Tensor:
-        """Return the losses of samples with the present weights, in evaluation mode, [r]."""
+        """Return the losses of samples with the present weights, [r]."""
+        own = self._share_of(subset)
+        losses = torch.empty(0)
+        with self.passing("check"):
+            if len(own):
+                view = self.view(self.model, own, "check")
+                losses = F.cross_entropy(view.logits, view.y, reduction="none")
+            return torch.cat(self.worker.gather(losses))
 
-    @abstractmethod
     def derivative(self, derive: Derive, parameters: Sequence[Tensor], samples: Subset, weights: Tensor) -> Tensor:
-        """Return a derivative of the mean of w · loss in evaluation mode, [p]."""
+        """Return a derivative of the mean of w · loss, [p]."""
+        device = parameters[0].device
+        own_weights = self._share_of(weights).to(device).split(self.at_once)
+        total = torch.zeros(sum(parameter.numel() for parameter in parameters), device=device)
+        with self.passing("model"):
+            batches = self.batches(self._share_of(samples), "model", self.at_once, backward=True)
+            for (x, y), w in zip(batches, own_weights, strict=True):
+                with self.precision():
+                    logits = self.model(x)
+                losses = F.cross_entropy(logits.float(), y, reduction="none")  # [b]
+                total += derive(losses @ w.float() / len(samples), parameters)  # linear in the loss
+            return self.worker.sum(total)
+
+    def _share_of(self, values: Any) -> Any:
+        """Return this worker's part of a subset or tensor, as even as possible."""
+        return values[torch.arange(len(values)).tensor_split(self.worker.world)[self.worker.rank]]
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return a copy of the model's state."""
+        self.worker.share(self.model.buffers())
         return deepcopy(self.model.state_dict())
-
-    def model_with(self, weights: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return a copy of the model with these weights; None = the model itself."""
-        if weights is None:
-            return self.model
-        model = deepcopy(self.model)
-        model.load_state_dict(weights)
-        return model
-
-    def agreed(self, value: T) -> T:
-        """Return the first worker's value, by which all decide: other processors may round differently."""
-        return value
 
 
 @dataclass(eq=False)
@@ -239,7 +303,7 @@ class CrestAlgorithm:
 
         region.moments = moments
         if self.step >= options.settle * self.loop.steps and not region.first_curvature:
-            region.first_curvature = self.loop.agreed(region.curvature)  # ‖H̄_0‖
+            region.first_curvature = self.loop.worker.first(region.curvature)  # ‖H̄_0‖
 
     def _derivative(self, derive: Derive, samples: Subset, weights: Tensor) -> Tensor:
         """Return a derivative of the mean of w · loss, [p]."""
@@ -272,12 +336,12 @@ class CrestAlgorithm:
         samples.record(subset.indices, losses, options.exclude_below)
         loss = float(losses.mean())  # L^r(w)
         prediction = region.prediction(flat(self._covered), loss_before)  # F(w − w_l)
-        rho = self.loop.agreed(relative_error(prediction, loss))
+        rho = self.loop.worker.first(relative_error(prediction, loss))
         region.expired = rho > options.tau
         self._log(rho=rho, loss=loss, model=prediction)
         samples.exclude(self.step, options, least=self.least_active)
         if region.expired:
-            interval = check_interval(options.h, region.first_curvature, self.loop.agreed(region.curvature))
+            interval = check_interval(options.h, region.first_curvature, self.loop.worker.first(region.curvature))
             # At the end of training T1 falls short of its formula: coresets for steps that never come would be chosen.
             region.interval = max(1, min(interval, self.loop.steps - self.step))
 

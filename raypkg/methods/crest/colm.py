@@ -278,7 +278,7 @@ class Colm(CrestAlgorithm):
         zero = factors.new_zeros(last.size)
         moments = self.moments or AdamMoments(zero, zero)
         picked, self.moments = choose(factors, direction, sources, self.size, moments.to(zero.device))
-        picked = self.loop.agreed(picked)
+        picked = self.loop.worker.first(picked)
         kept, losses = subset[picked], losses.cpu()
         coreset = Coreset.uniform(kept.indices)
         return [Chosen(coreset, kept.draws, float(losses[picked].mean()), losses)]

@@ -1,17 +1,16 @@
-"""CREST as a hook of a run: batches, checkpoints and results of ``CrestAlgorithm``, and its passes on the workers."""
+"""CREST as a hook of a run: batches, bills, checkpoints and results of ``CrestAlgorithm``."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,26 +18,20 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import whole_steps
 from raypkg.coresets.gradients import HeadView
-from raypkg.coresets.sharded import LiveModel
-from raypkg.data import Data
 from raypkg.data.augment import compose
 from raypkg.data.coreset import Coreset
-from raypkg.engine.batches import Batch, Epoch, ahead, dtype_of, plain_batches, slice_of, training_batch
-from raypkg.engine.costs import Cost
+from raypkg.engine.batches import Batch, Epoch, ahead, dtype_of, plain_batches, training_batch
 from raypkg.engine.hooks import Hook, Results, Selected, hook
 from raypkg.engine.loop import autocast
 from raypkg.engine.run import Run
-from raypkg.engine.shards import Shard, Shards, WorkerShards
-from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.training import Job
-from raypkg.models.classifier import in_mode
 
 from . import plots
-from .algorithm import CHUNK, Compute, CrestAlgorithm, Derive, Loop, T
+from .algorithm import CrestAlgorithm, Loop
 from .colm import Colm, check_kind
-from .quadratic import trains_as_it_evaluates, weighted_derivative
-from .selection import Chosen, Pool, Subset, choose_minibatches
+from .quadratic import Derive, trains_as_it_evaluates
+from .selection import Chosen, Pool, Subset
 from .settings import CrestOptions
 
 DEFAULTS = CrestOptions()
@@ -52,17 +45,17 @@ log = logging.getLogger(__name__)
 class Crest(Hook):
     """Training on mini-batch coresets (CREST, arXiv:2306.01244), as ``CrestAlgorithm`` chooses them.
 
-    It trains on batches of ``size`` = m out of the samples ``indices``, int64 [n]. Each shard has all samples and
-    chooses a share.
+    It trains on batches of ``size`` = m out of the samples ``indices``, int64 [n], which every worker reaches.
     """
 
     priority = 0
 
-    def __init__(self, options: CrestOptions, shards: Shards, indices: Tensor, size: int):
+    def __init__(self, options: CrestOptions, indices: Tensor, size: int):
         self.options = options
         self.indices = indices
+        self.size = size
         self.steps = -(-len(indices) // size)  # per epoch, as on all samples
-        self.loop = RunLoop(shards, size)
+        self.loop = RunLoop()
         kind = Colm if options.choose == "colm" else CrestAlgorithm
         self.algorithm = kind(options, self.loop, indices, size, on_choice=self._note_choice)
         self.counts = torch.zeros(int(indices.max()) + 1, dtype=torch.int32)  # steps that trained on each sample
@@ -82,7 +75,7 @@ class Crest(Hook):
         if run.step == 0 and run.worker.rank == 0:
             for line in _warnings(run.model):
                 log.warning(line)
-        self.loop.attach(run, self.steps)
+        self.loop.attach(run, self.size, self.steps)
         self.algorithm.step = run.step
         return Epoch(self.steps, self._loaded(run, min(run.step + self.steps, self.loop.steps)))
 
@@ -161,142 +154,60 @@ def _warnings(model: nn.Module) -> list[str]:
 
 
 @hook("crest", source="arXiv:2306.01244")
-def crest(*, job: Job, worker: Worker, samples: Samples, options: CrestOptions = DEFAULTS) -> Crest:
+def crest(*, job: Job, samples: Samples, options: CrestOptions = DEFAULTS) -> Crest:
     """Train on mini-batch coresets, renewed at every step or when a local model of the loss expires."""
     options.check(job.samples_used(samples), job.training, job.experiment)
-    # Every worker holds all samples, so that they share the subsets of a pool by rank.
-    data, indices, held_out = samples
-    shards = [Shard(data, indices, held_out, worker.device, rank, worker.world) for rank in range(worker.world)]
-    return Crest(options, WorkerShards(shards, worker), indices, job.training.batch_size)
-
-
-# Passes on training workers, whose shards have all samples and each do a share
-
-
-def choose(
-    shard: Shard, scorer: LiveModel, subsets: Sequence[Subset], augment: Sequence[str], size: int
-) -> tuple[list[Chosen], Cost]:
-    """Choose the mini-batch coreset of every ``world``-th random subset, after one forward pass over all of them."""
-    own = subsets[shard.rank :: shard.world]
-    cost = Cost("select")
-    if not own:
-        return [], cost
-    with cost:
-        view = _view(shard, scorer, Subset.concat(own), augment)
-        cost.forward += len(view)
-        return choose_minibatches(own, view, size), cost
-
-
-def subset_losses(shard: Shard, scorer: LiveModel, subset: Subset, augment: Sequence[str]) -> Tensor:
-    """Return the losses of this holder's slice of a subset."""
-    positions = torch.arange(len(subset)).tensor_split(shard.world)[shard.rank]
-    if not len(positions):
-        return torch.empty(0)
-    view = _view(shard, scorer, subset[positions], augment)
-    return F.cross_entropy(view.logits, view.y, reduction="none")
-
-
-def value_gradients(shard: Shard, scorer: LiveModel, compute: Compute, subset: Subset) -> list[tuple[Tensor, Tensor]]:
-    """Compute losses and factors of gradients of every ``world``-th chunk of a subset."""
-    own = subset.indices.split(CHUNK)[shard.rank :: shard.world]
-    if not own:
-        return []
-    model = scorer.model
-    batches = plain_batches(shard.data.train, torch.cat(own), shard.device, CHUNK)
-    with in_mode(model, training=False), autocast(scorer.precision, shard.device):
-        return [compute(lambda x: model(x).losses, x) for x, _ in batches]
-
-
-def _view(shard: Shard, scorer: LiveModel, subset: Subset, augment: Sequence[str]) -> HeadView:
-    data = Data(subset.split(shard.data.train, augment), shard.data.test)
-    try:
-        return scorer.view(replace(shard, source=data), torch.arange(len(subset)))
-    except UserError as error:
-        raise UserError(f"CREST cannot continue with this model ({error}): lower the learning rate") from None
+    return Crest(options, samples.train_indices, job.training.batch_size)
 
 
 class RunLoop(Loop):
-    """A run's training loop, whose passes are made on shards and billed; all workers call it together."""
+    """A run's training loop, whose passes the training workers share and bill."""
 
     run: Run
 
-    def __init__(self, shards: Shards, size: int):
-        self.shards = shards
-        self.size = size  # m
-
-    def attach(self, run: Run, epoch_steps: int) -> None:
-        """Follow a run, with so many steps per epoch."""
-        self.run, self.model, self.seed = run, run.model, run.seed
+    def attach(self, run: Run, size: int, epoch_steps: int) -> None:
+        """Follow a run on batches of m = ``size`` samples, with so many steps per epoch."""
+        self.run, self.model, self.seed, self.worker = run, run.model, run.seed, run.worker
+        self.size, self.at_once = size, run.settings.at_once
         self.steps = whole_steps(run.length or run.settings.epochs, epoch_steps)
         self.augment = run.augment
         self.gives_gradients = trains_as_it_evaluates(run.model)
 
-    def weights(self) -> Mapping[str, Tensor]:
-        """Return a copy of the model's state, with rank 0's buffers."""
-        self.run.worker.share(self.model.buffers())
-        return super().weights()
+    def batches(
+        self, subset: Subset, part: str, size: int | None = None, *, backward: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (x, y) of samples, augmented as they are trained on."""
+        run, bill = self.run, self.run.bill(part)
+        split, positions = subset.split(run.split, self.augment), torch.arange(len(subset))
+        for x, y in plain_batches(split, positions, run.worker.device, size, dtype_of(run.model)):
+            bill.forward += len(y)
+            bill.backward += len(y) * backward
+            yield x, y
 
-    def _scorer(self, weights: Mapping[str, Tensor] | None = None) -> LiveModel:
-        """Return the model with these weights, or with the present ones and rank 0's buffers."""
-        if weights is None:
-            self.run.worker.share(self.model.buffers())
-        return LiveModel(self.model_with(weights), self.run.settings.precision)
+    def losses_of(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the losses of a language model, [b]."""
+        losses: Tensor = self.model(x).losses
+        return losses
 
-    def choose(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> list[Chosen]:
-        """Choose a mini-batch coreset from each random subset; they are shared by rank."""
-        bill = self.run.bill("select")
-        with self.run.cost.apart(bill):
-            choices = self.shards.map(choose, self._scorer(weights), subsets, self.augment, self.size)
-        if self.run.worker.rank == 0:  # bills are summed over the workers, all of which have all choices
-            bill.forward += sum(cost.forward for _, cost in choices)
-        # The shard of rank r chose for every ``world``-th subset.
-        places = (divmod(number, len(choices)) for number in range(len(subsets)))
-        return [choices[rank][0][turn] for turn, rank in places]
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the context of the run's precision."""
+        return autocast(self.run.settings.precision, self.run.worker.device)
 
-    def value_gradients(self, compute: Compute, subset: Subset) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the losses, factors of gradients and sources of a random subset; chunks are shared by rank."""
-        bill = self.run.bill("select")
-        with self.run.cost.apart(bill):
-            own = self.shards.map(value_gradients, self._scorer(), compute, subset)
-        if self.run.worker.rank == 0:
-            bill.forward += len(subset)
-        chunks = range(-(-len(subset) // CHUNK))
-        parts = [own[number % len(own)][number // len(own)] for number in chunks]
-        losses, factors = (torch.cat(each) for each in zip(*parts, strict=True))
-        return losses, factors, self.run.split.y[subset.indices]
+    @contextmanager
+    def passing(self, part: str) -> Iterator[None]:
+        """Bill the passes inside the block."""
+        with self.run.cost.apart(self.run.bill(part)), super().passing(part):
+            yield
 
-    def losses(self, subset: Subset) -> Tensor:
-        """Return the losses of a random subset with the present weights, [r]."""
-        bill = self.run.bill("check")
-        with self.run.cost.apart(bill):
-            slices = self.shards.map(subset_losses, self._scorer(), subset, self.augment)
-        if self.run.worker.rank == 0:
-            bill.forward += len(subset)
-        return torch.cat(slices)
+    def view(self, model: nn.Module, subset: Subset, part: str) -> HeadView:
+        """Return the logits and labels of samples; an error names the remedy in a run."""
+        try:
+            return super().view(model, subset, part)
+        except UserError as error:
+            raise UserError(f"CREST cannot continue with this model ({error}): lower the learning rate") from None
 
     def derivative(self, derive: Derive, parameters: Sequence[Tensor], samples: Subset, weights: Tensor) -> Tensor:
-        """Return a derivative of the mean of w · loss over all workers in evaluation mode, [p]."""
-        run, bill = self.run, self.run.bill("model")
-        device, size = run.worker.device, run.settings.at_once
-        own = slice_of(torch.arange(len(samples)), run.worker)
-        own_weights = slice_of(weights, run.worker).to(device)
-
-        def logits(x: Tensor) -> Tensor:
-            with autocast(run.settings.precision, x.device):
-                return run.model(x)
-
-        # Dropout and batch norm would make the model noisy.
-        with run.cost.apart(bill), in_mode(run.model, training=False):
-            run.worker.share(run.model.buffers())
-            batches = plain_batches(samples.split(run.split, self.augment), own, device, size, dtype_of(run.model))
-            total = weighted_derivative(logits, batches, own_weights.split(size), len(samples), derive, parameters)
-            total = run.worker.sum(total)
-        bill.forward += len(own)
-        bill.backward += len(own)
-        bill.sent += total.nbytes * (run.worker.world > 1)
+        """Return a derivative of the mean of w · loss, and bill its sum over the workers, [p]."""
+        total = super().derivative(derive, parameters, samples, weights)
+        self.run.bill("model").sent += total.nbytes * (self.worker.world > 1)
         return total
-
-    def agreed(self, value: T) -> T:
-        """Return rank 0's value."""
-        agreed: T = self.run.worker.first(value)
-        return agreed

@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
@@ -20,6 +19,7 @@ from raypkg.core.seeds import derive, generator
 from raypkg.coresets.batches import (
     LABELS,
     TappedByForm,
+    Worker,
     as_dataset,
     check_count,
     check_keywords,
@@ -30,15 +30,12 @@ from raypkg.coresets.batches import (
     ranks_here,
     some_labels,
 )
-from raypkg.coresets.gradients import HeadView, head_view
 from raypkg.coresets.per_sample import sample_losses
-from raypkg.models.classifier import in_mode
 from raypkg.models.language import LanguageModel
 
-from .algorithm import CHUNK, Compute, CrestAlgorithm, Derive, Loop
+from .algorithm import CrestAlgorithm, Loop
 from .colm import Colm, check_kind
-from .quadratic import weighted_derivative
-from .selection import Chosen, Subset, choose_minibatches
+from .selection import Subset
 from .settings import CrestOptions, CrestSettings
 
 
@@ -213,13 +210,14 @@ class DatasetLoop(Loop):
     model: TappedByForm
     data: Dataset[Any]
     n: int  # samples of the data set
-    size: int  # m
+    size: int
     seed: int
     steps: int
     collate_fn: Callable[[list[Any]], Any]
     causal: bool  # labels may be of tokens
 
     def __post_init__(self):
+        self.worker, self.at_once = Worker(), self.size
         self.cost = {part: {"forward": 0, "backward": 0} for part in ("train", "select", "check", "model")}
 
     def load(self, batches: Sequence[Tensor], part: str, *, backward: bool = False) -> Iterator[tuple[Any, Tensor]]:
@@ -235,43 +233,19 @@ class DatasetLoop(Loop):
             self.cost[part]["backward"] += len(y) * backward
             yield x, y
 
-    def choose(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> list[Chosen]:
-        """Choose a mini-batch coreset from each random subset, after one forward pass over all of them."""
-        view = self._view(self.model_with(weights), Subset.concat(subsets), "select")
-        return choose_minibatches(subsets, view, self.size)
-
-    def value_gradients(self, compute: Compute, subset: Subset) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the losses, factors of gradients and sources of a random subset."""
+    def batches(
+        self, subset: Subset, part: str, size: int | None = None, *, backward: bool = False
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """Yield (x, y) of samples on the model's device."""
         device = next(self.model.parameters()).device
-        parts, sources = [], []
-        with in_mode(self.model, training=False):
-            for batch in self.load(subset.indices.split(CHUNK), "select"):
-                x, y = on_device(batch, device)
-                if isinstance(x, Mapping):
-                    parts.append(compute(lambda inputs: sample_losses(self.model.module, inputs)[0], {**x, LABELS: y}))
-                elif isinstance(self.model.module, LanguageModel):
-                    parts.append(compute(lambda inputs: self.model.logits(inputs).losses, x))
-                else:
-                    raise UserError("CrestLoader needs mappings with input_ids and labels for a model of transformers")
-                sources.append(batch[1] if batch[1].dim() == 1 else batch[1].new_zeros(len(y)))
-        losses, factors = (torch.cat(each) for each in zip(*parts, strict=True))
-        return losses, factors, torch.cat(sources)
+        size = size or (128 if device.type == "cpu" else 512)  # as effray's runs, to the same bits
+        return (on_device(batch, device) for batch in self.load(subset.indices.split(size), part, backward=backward))
 
-    def losses(self, subset: Subset) -> Tensor:
-        """Return the losses of samples, [r]."""
-        view = self._view(self.model, subset, "check")
-        return F.cross_entropy(view.logits, view.y, reduction="none")
-
-    def _view(self, model: nn.Module, subset: Subset, part: str) -> HeadView:
-        device = next(model.parameters()).device
-        batches = subset.indices.split(128 if device.type == "cpu" else 512)  # as effray's runs, to the same bits
-        return head_view(model, (on_device(batch, device) for batch in self.load(batches, part)))
-
-    def derivative(self, derive: Derive, parameters: Sequence[Tensor], samples: Subset, weights: Tensor) -> Tensor:
-        """Return a derivative of the mean of w · loss in evaluation mode, [p]."""
-        device = parameters[0].device
-        loaded = self.load(samples.indices.split(self.size), "model", backward=True)
-        batches = (on_device(batch, device) for batch in loaded)
-        parts = weights.to(device).split(self.size)
-        with in_mode(self.model, training=False):
-            return weighted_derivative(self.model.logits, batches, parts, len(samples), derive, parameters)
+    def losses_of(self, x: Any, y: Tensor) -> Tensor:
+        """Return the losses of a language model of transformers, or of effray, [b]."""
+        if isinstance(x, Mapping):
+            return sample_losses(self.model.module, {**x, LABELS: y})[0]
+        if not isinstance(self.model.module, LanguageModel):
+            raise UserError("CrestLoader needs mappings with input_ids and labels for a model of transformers")
+        losses: Tensor = self.model(x).losses
+        return losses

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -20,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from raypkg.core.errors import UserError
 
 BETAS = (0.9, 0.999)  # β1, β2 of the paper
+Derive = Callable[[Tensor, Sequence[Tensor]], Tensor]  # (loss, parameters) → a derivative, linear in the loss [p]
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -49,25 +49,6 @@ def hessian_diagonal(loss: Tensor, parameters: Sequence[Tensor], rng: torch.Gene
     slope = torch.stack(slopes).sum()  # zᵀ∇L
     products = torch.autograd.grad(slope, parameters, materialize_grads=True)  # Hz
     return flat(map(torch.mul, signs, products))
-
-
-def weighted_derivative(
-    logits: Callable[[Any], Tensor],
-    batches: Iterable[tuple[Any, Tensor]],
-    weights: Sequence[Tensor],
-    count: int,
-    derive: Callable[[Tensor, Sequence[Tensor]], Tensor],
-    parameters: Sequence[Tensor],
-) -> Tensor:
-    """Return a derivative of Σ w · loss / count over batches (x, y) with weights w [b], [p].
-
-    ``derive`` returns a derivative that is linear in the loss, so that those of the batches add up.
-    """
-    total = torch.zeros(sum(parameter.numel() for parameter in parameters), device=parameters[0].device)
-    for (x, y), w in zip(batches, weights, strict=True):
-        losses = F.cross_entropy(logits(x).float(), y, reduction="none")  # [b]
-        total += derive(losses @ w.float() / count, parameters)
-    return total
 
 
 @dataclass(frozen=True, eq=False)
