@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from .data import load_data as load_data
     from .data.coreset import Coreset as Coreset
     from .data.split import Split as Split
-    from .engine.hooks import Hook as Hook
     from .engine.loop import evaluate as evaluate
     from .engine.loop import fit as fit
+    from .engine.run import Hook as Hook
     from .engine.run import Run as Run
     from .experiments.trained import load_model as load_model
     from .methods.agent.correction import GradientCorrection as GradientCorrection
@@ -49,7 +49,7 @@ _PLACES = {
     "DeltaGrad": "methods.deltagrad.estimator",
     "GradientCorrection": "methods.agent.correction",
     "HeadView": "coresets.gradients",
-    "Hook": "engine.hooks",
+    "Hook": "engine.run",
     "Rows": "coresets.rows",
     "Run": "engine.run",
     "SparseTraining": "methods.sparse.training",

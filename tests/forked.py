@@ -91,7 +91,7 @@ def warm_up() -> None:
     from raypkg.core.registry import Registry
     from raypkg.coresets.rules import coreset
     from raypkg.data.sources import dataset
-    from raypkg.engine.hooks import hook
+    from raypkg.engine.run import hook
     from raypkg.experiments import experiment
     from raypkg.models import model
 

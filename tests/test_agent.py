@@ -14,8 +14,8 @@ from gloo import on_workers
 from raypkg.core.errors import UserError
 from raypkg.data.coreset import Coreset
 from raypkg.engine.batches import Batches
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
+from raypkg.engine.run import Hook
 from raypkg.engine.worker import Worker
 from raypkg.methods.agent.control_variate import Weight, coefficient, spread, variance_left
 from raypkg.methods.agent.hook import Correction

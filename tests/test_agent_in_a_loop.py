@@ -16,9 +16,8 @@ from raypkg.core.errors import UserError
 from raypkg.data.coreset import Coreset
 from raypkg.engine.batches import Batch as Slice
 from raypkg.engine.batches import Batches, Epoch
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Run
 from raypkg.engine.worker import Worker
 from raypkg.methods.agent.correction import weighted_loss
 from raypkg.methods.agent.hook import Correction

@@ -10,9 +10,8 @@ from gloo import on_workers
 from raypkg.core.config import Named, load_settings
 from raypkg.core.errors import UserError
 from raypkg.data.split import Split
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import evaluate, fit
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Run
 from raypkg.engine.worker import Worker
 from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.samples import SAMPLES, Samples, new_model, open_samples

@@ -17,9 +17,8 @@ from raypkg.coresets.record import Record, Recorder, margins_of
 from raypkg.coresets.rules import coreset
 from raypkg.coresets.rules.matching import geometric_median
 from raypkg.data import load_data
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Run
 from raypkg.models import build_model
 
 

@@ -17,9 +17,8 @@ from raypkg.core.settings import Training
 from raypkg.coresets.record import Recorder
 from raypkg.data.kinds import TEXTS
 from raypkg.data.split import Split
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Run
 from raypkg.methods.crest import quadratic
 from raypkg.methods.crest.hook import Crest
 from raypkg.methods.crest.quadratic import MovingMoments, Region, flat, gradient_of, hessian_diagonal

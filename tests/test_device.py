@@ -17,9 +17,8 @@ from raypkg.data.kinds import TEXTS
 from raypkg.data.split import Split
 from raypkg.engine import loop
 from raypkg.engine.device import CUBLAS, TRACE, TRACED, arithmetic, peak_of, training_flops
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Run
 from raypkg.engine.worker import Worker
 from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.samples import open_samples

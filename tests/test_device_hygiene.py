@@ -28,9 +28,8 @@ from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import TEXTS
 from raypkg.data.split import Split
 from raypkg.engine.batches import training_batch
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Run
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.engine.worker import CPU, Worker
 from raypkg.methods.agent.hook import Correction

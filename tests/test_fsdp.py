@@ -9,9 +9,8 @@ from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.data import load_data
 from raypkg.data.split import Split
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import evaluate, fit
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Run
 from raypkg.engine.worker import Worker, whole
 from raypkg.experiments import experiment, settings_of
 from raypkg.models import build_model

@@ -17,10 +17,9 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Model
 from raypkg.data import load_data
 from raypkg.data.kinds import TEXTS
-from raypkg.engine.costs import Cost
 from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
-from raypkg.engine.worker import Worker
+from raypkg.engine.worker import Cost, Worker
 from raypkg.experiments.trained import named_backbone
 from raypkg.methods.sparse.hook import first_batch
 from raypkg.methods.sparse.masks import prunable

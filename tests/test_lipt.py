@@ -12,10 +12,9 @@ from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive
 from raypkg.data.coreset import Coreset
-from raypkg.engine.costs import Cost
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
-from raypkg.engine.worker import Worker
+from raypkg.engine.worker import Cost, Worker
 from raypkg.experiments.samples import new_model, open_samples
 from raypkg.experiments.training import load_record
 from raypkg.methods.lipt.member import Context, redrawn

@@ -15,12 +15,9 @@ from raypkg.core.settings import Training
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.batches import Batches, ahead, plain_batches
-from raypkg.engine.costs import Cost
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import evaluate, fit, output_of
-from raypkg.engine.optimizer import learning_rate
-from raypkg.engine.run import Run
-from raypkg.engine.worker import Worker
+from raypkg.engine.run import Hook, Run, learning_rate
+from raypkg.engine.worker import Cost, Worker
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import reference
 from raypkg.core.errors import UserError
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
+from raypkg.engine.run import Hook
 from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
 from raypkg.methods.sparse import drop, growth, initial, redistribution

@@ -21,12 +21,10 @@ from raypkg.data import Data
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.batches import plain_batches
-from raypkg.engine.costs import Cost
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Run, Seen
+from raypkg.engine.run import Hook, Run, Seen
 from raypkg.engine.shards import LocalShards, class_shards
-from raypkg.engine.worker import Worker
+from raypkg.engine.worker import Cost, Worker
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage

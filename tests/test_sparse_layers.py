@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import reference
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
+from raypkg.engine.run import Hook
 from raypkg.methods.sparse.compute import (
     ActiveLinear,
     Pattern,

@@ -9,10 +9,8 @@ from gloo import on_workers
 from raypkg.core.settings import Training
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
-from raypkg.engine.optimizer import build_optimizer
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Run, build_optimizer
 
 SAMPLES = 66  # in batches of 33: two workers have 17 and 16 of each, so as many parts are not of one size
 PLAIN = {"epochs": 3, "batch_size": 33, "lr": 0.1, "precision": "float64"}

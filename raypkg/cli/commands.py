@@ -129,7 +129,7 @@ def methods(name: str | None) -> None:
 
     from raypkg.coresets.rules import coreset
     from raypkg.data.sources import dataset
-    from raypkg.engine.hooks import hook
+    from raypkg.engine.run import hook
     from raypkg.methods import registries
     from raypkg.models import model
     from raypkg.runs.show import terminal

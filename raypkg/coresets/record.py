@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from raypkg.core.errors import UserError
-from raypkg.engine.hooks import Hook
-from raypkg.engine.run import Run, Seen
+from raypkg.engine.run import Hook, Run, Seen
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive
 from raypkg.core.settings import TRAIN, Reselect, Select
 from raypkg.data.coreset import Coreset
-from raypkg.engine.hooks import Hook, Results, Selected
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Results, Run, Selected
 from raypkg.engine.shards import Shards
 
 from .record import Recorder

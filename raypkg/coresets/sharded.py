@@ -16,10 +16,9 @@ from raypkg.core.settings import VALID, Model, Select
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.batches import dtype_of, plain_batches
-from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast
 from raypkg.engine.shards import Shard, Shards
-from raypkg.engine.worker import CPU, memory_bound
+from raypkg.engine.worker import CPU, Cost, memory_bound
 from raypkg.models import build_model
 
 from .budgets import budget_of, class_budgets, select, select_class

@@ -15,8 +15,7 @@ from raypkg.data.files import fetched
 from raypkg.data.kinds import TEXTS, Empty
 from raypkg.data.split import Split, shuffled_by_blocks
 
-from .costs import waiting
-from .worker import Worker, keep_freed_memory
+from .worker import Worker, keep_freed_memory, waiting
 
 T = TypeVar("T")
 J = TypeVar("J")

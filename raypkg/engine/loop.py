@@ -22,11 +22,9 @@ from raypkg.data.split import Split
 from raypkg.models.classifier import Answered
 
 from .batches import Batch, dtype_of, plain_batches, slice_of
-from .costs import Cost
 from .device import arithmetic, computes_bfloat16, peak_of, traced, training_flops
-from .optimizer import build_optimizer, learning_rate
-from .run import Run, Seen
-from .worker import Worker, whole
+from .run import Run, Seen, build_optimizer, learning_rate
+from .worker import Cost, Worker, whole
 
 MOST_NATS = 700.0  # e to a larger loss is beyond float64
 QUIET = 15.0  # seconds within an epoch without a report of its steps

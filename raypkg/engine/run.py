@@ -1,26 +1,30 @@
-"""A run: everything that training consists of and that a checkpoint holds."""
+"""A run: everything that training consists of and that a checkpoint holds; its hooks and its optimiser."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from inspect import unwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from raypkg.core.config import validate
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import Training
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.models.checkpointing import checkpoint_blocks
 
+from . import hook as hook  # the registry
 from .batches import Batch, Batches, Epoch, dtype_of
-from .costs import Cost
-from .hooks import Hook
-from .optimizer import build_optimizer
-from .worker import Buffers, Worker, share_of, whole
+from .worker import Buffers, Cost, Worker, share_of, whole
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class Seen(NamedTuple):
@@ -29,6 +33,84 @@ class Seen(NamedTuple):
     indices: Tensor  # [b], positions in the split
     losses: Tensor  # [b], plain cross-entropy without weights, whatever is trained
     right: Tensor  # [b], True where the model was right
+
+
+class Selected(NamedTuple):
+    """A coreset that a hook selected during training."""
+
+    coreset: Coreset  # positions in the split, with weights
+    origin: Mapping[str, Any]  # how it was made, as plain values
+    indices: Tensor  # int64 [n], the samples it was selected from
+    scores: Tensor | None = None  # float32 [n], their gradient norms, if known
+
+
+class Results(NamedTuple):
+    """The results of a hook, stored in the run folder."""
+
+    facts: Mapping[str, Any] = {}  # plain values for the manifest
+    findings: Sequence[str] = ()  # lines for the user
+    tables: Mapping[str, pa.Table] = {}  # by file name
+    plots: Mapping[str, Callable[[Path], None]] = {}  # by file name, functions that draw a picture to a path
+    selected: Selected | None = None  # the coreset of the run
+
+
+class Hook:
+    """The base of all hooks: does nothing; a method overrides what it needs. Its state travels with checkpoints.
+
+    >>> import torch
+    >>> from raypkg import Run, Split, fit
+    >>> class Clip(Hook):
+    ...     def on_gradients(self, run):
+    ...         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    >>> split = Split.from_tensors(torch.arange(12.0).view(6, 2), torch.arange(6) % 2)
+    >>> fit(Run.simple(torch.nn.Linear(2, 2), split, hooks=[Clip()], epochs=1)).epoch
+    1
+    """
+
+    # Hooks act in ascending priority, equal ones as they are listed: readers of the raw gradient first (0), its
+    # corrections next (10), a user's own hooks then (50), and last those that keep pruned weights at zero (100).
+    priority: ClassVar[int] = 50
+    supplies_batches: ClassVar[bool] = False  # True if ``batches`` is overridden; at most one hook of a run does so
+    sharded: ClassVar[bool] = False  # True if it works where the workers share the model's parameters (FSDP2)
+
+    def __init_subclass__(cls) -> None:
+        cls.supplies_batches = cls.batches is not Hook.batches
+        points = [name for name in vars(Hook) if name.startswith("on_")]
+        if wrong := next((name for name in vars(cls) if name.startswith("on_") and name not in points), None):
+            raise unknown(f"point of the training loop in the hook {cls.__name__}:", wrong, points)
+
+    def on_start(self, run: Run) -> None:
+        """Act before training, and before a checkpoint is restored; may change the first weights."""
+
+    def on_epoch(self, run: Run) -> None:
+        """Act before an epoch; may replace ``run.coreset``; records its own work with ``run.bill(name)``."""
+
+    def batches(self, run: Run) -> Epoch | None:
+        """Return the batches of the next epoch, or None to shuffle the coreset."""
+        return None
+
+    def on_gradients(self, run: Run) -> None:
+        """Act after the backward pass of ``run.batch``, before gradients are clipped; may edit ``.grad`` in place."""
+
+    def on_step(self, run: Run) -> None:
+        """Act after the optimiser's step."""
+
+    def on_epoch_end(self, run: Run) -> None:
+        """Act after an epoch's last step, before its checkpoint."""
+
+    def results(self, run: Run) -> Results:
+        """Return the results of a finished training; called on rank 0 only."""
+        return Results()
+
+    def close(self) -> None:
+        """Release files and processes, however training ended."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values that ``load_state_dict`` restores."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a checkpoint's state."""
 
 
 @dataclass
@@ -189,8 +271,8 @@ class Run:
             for name, value in kept.items():
                 if value is not None and value.shape == parameter.shape:  # no count of steps
                     kept[name] = share_of(parameter, value)
-        for hook, hook_state in zip(self.hooks, state["hooks"], strict=True):
-            hook.load_state_dict(hook_state)
+        for each, hook_state in zip(self.hooks, state["hooks"], strict=True):
+            each.load_state_dict(hook_state)
         self.coreset = Coreset(**state["coreset"])
         self.epoch = state["epoch"]
         self.step = state["step"]
@@ -206,3 +288,70 @@ def check_weights(coreset: Coreset, name: str) -> None:
     """Refuse a coreset whose weights are all 0; ``name`` stands for it in the error."""
     if len(coreset) and not coreset.weights.any():
         raise UserError(f"all {len(coreset)} weights of {name} are 0: nothing would be trained")
+
+
+# The optimiser
+
+
+class Eager(torch.optim.Optimizer):
+    """An optimiser without PyTorch's compiler.
+
+    The first call of a method that PyTorch excludes from compilation imports the compiler, which takes as long as
+    importing PyTorch. effray never compiles optimisers, so it calls the methods beneath those wrappers.
+    """
+
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class SGD(Eager, torch.optim.SGD):
+    """Stochastic gradient descent."""
+
+    step = torch.no_grad()(unwrap(torch.optim.SGD.step))
+
+
+class AdamW(Eager, torch.optim.AdamW):
+    """Adam with decoupled weight decay."""
+
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
+def build_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
+    """Build the optimiser of the settings, with fused multi-tensor updates; refuse a model without free parameters."""
+    parameters = list(model.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise UserError("all parameters of the model are frozen (requires_grad = False): there is nothing to train")
+    groups: list[dict] = [{"params": parameters}]
+    if settings.decay == "matrices":  # neither norms nor biases decay
+        matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+        others = [parameter for parameter in parameters if parameter.dim() < 2]
+        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    momentum, decay = settings.momentum, settings.weight_decay
+    if settings.optimizer == "adamw":
+        return AdamW(groups, settings.lr, betas=(momentum, 0.999), weight_decay=decay, fused=True)
+    nesterov = settings.nesterov and momentum > 0
+    fused = not hasattr(parameters[0], "full_tensor")  # PyTorch has no fused SGD of shared parameters
+    return SGD(groups, settings.lr, momentum=momentum, nesterov=nesterov, weight_decay=decay, fused=fused)
+
+
+# Shapes of the learning rate, as functions of the share t of training that is done.
+SHAPES: dict[str, Callable[[float, Training], float]] = {
+    "cosine": lambda t, settings: 0.5 * (1 + math.cos(math.pi * t)),
+    "linear": lambda t, settings: min(1.0, (1 - t) / (1 - settings.warmup)),  # falls from the end of the warm-up
+    "multistep": lambda t, settings: settings.lr_drop ** sum(t >= milestone for milestone in settings.milestones),
+    "constant": lambda t, settings: 1.0,
+}
+
+
+def learning_rate(settings: Training, t: float) -> float:
+    """Return the learning rate after the share ``t`` of training, 0 ≤ t < 1.
+
+    The rate rises linearly over the warm-up share of training, and the shape of the schedule multiplies it.
+
+    >>> learning_rate(Training(lr=0.2, schedule="multistep", milestones=[0.5]), 0.6)
+    0.020000000000000004
+    """
+    rise = min(1.0, (t + 1e-3) / settings.warmup) if settings.warmup else 1.0
+    return settings.lr * rise * SHAPES[settings.schedule](t, settings)

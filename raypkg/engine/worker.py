@@ -1,13 +1,16 @@
-"""A worker: its rank, its device, collectives with the other workers, and its memory."""
+"""A worker: its rank, its device, collectives with the other workers, its memory, and the bills of its work."""
 
 import ctypes
 import math
 import os
+import resource
+import threading
+import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,9 @@ M_MMAP_THRESHOLD = -3  # glibc's malloc.h: size from which on a block lies outsi
 CPU = torch.device("cpu")
 LARGEST_MMAP_THRESHOLD = 32 * 2**20  # bytes; glibc refuses more
 NEVER = -1
+# Fields of which a joint bill has the largest value, for work in parallel and in turn; of the others it has the sum.
+LARGEST_IN_TURN = ("memory", "device_memory", "peak")
+LARGEST_IN_PARALLEL = (*LARGEST_IN_TURN, "seconds", "waited", "sent")
 
 
 @dataclass(frozen=True)
@@ -185,3 +191,83 @@ def memory_bound(memory: float | None, device: torch.device = CPU) -> int:
     mine = torch.get_num_threads()
     share = machine_memory() * mine // max(mine, os.cpu_count() or 1)  # as large as the worker's share of the CPUs
     return share // 4
+
+
+@dataclass
+class Cost:
+    """The bill of one phase on one worker, or (after ``gathered``) on all workers."""
+
+    phase: str
+    forward: int = 0  # samples that passed through a model
+    backward: int = 0  # samples whose gradient was computed
+    seconds: float = 0.0  # on the critical path, that of the slowest worker
+    total_seconds: float = 0.0  # summed over the workers
+    memory: int = 0  # peak resident bytes of one worker
+    sent: int = 0  # bytes that each worker handed to collectives
+    device_memory: int = 0  # peak bytes that PyTorch allocated on one worker's GPU; 0 without one
+    waited: float = 0.0  # seconds without a batch to compute with, on the worker that waited longest
+    operations: float = 0.0  # of training steps on a GPU of known peak
+    peak: float = 0.0  # operations a second, of one worker's GPU
+
+    def __enter__(self) -> "Cost":
+        self._start = time.perf_counter()
+        _running.bills.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        elapsed = time.perf_counter() - self._start
+        _running.bills.pop()
+        self.seconds += elapsed
+        self.total_seconds += elapsed
+        self.memory = max(self.memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        if torch.cuda.is_initialized():
+            self.device_memory = max(self.device_memory, torch.cuda.max_memory_allocated())
+
+    @contextmanager
+    def apart(self, part: "Cost") -> Iterator[None]:
+        """Bill a block inside a block of this bill to ``part`` instead."""
+        before = part.seconds
+        with part:
+            yield
+        self.seconds -= part.seconds - before
+        self.total_seconds -= part.seconds - before
+
+    def then(self, other: "Cost") -> "Cost":
+        """Return the bill of this work followed by other work on the same worker."""
+        return Cost.joined(self.phase, [self, other], LARGEST_IN_TURN)
+
+    def gathered(self, worker: Worker) -> "Cost":
+        """Return the bill over all workers: sums of work, maxima of seconds and memory."""
+        return Cost.joined(self.phase, worker.gather(self))
+
+    @staticmethod
+    def joined(phase: str, costs: Sequence["Cost"], largest: Collection[str] = LARGEST_IN_PARALLEL) -> "Cost":
+        """Return one bill for several, by default for work done in parallel."""
+        joint = Cost(phase)
+        for each in fields(Cost)[1:]:  # all but the phase
+            values = [getattr(cost, each.name) for cost in costs]
+            setattr(joint, each.name, max(values) if each.name in largest else sum(values))
+        return joint
+
+    def record(self) -> dict[str, Any]:
+        """Return the bill as plain numbers for the run folder; those of a known GPU only where there is one."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("operations", "peak")}
+
+
+class _Running(threading.local):
+    """The bills of the blocks that a thread is in, the innermost last."""
+
+    def __init__(self) -> None:
+        self.bills: list[Cost] = []
+
+
+_running = _Running()
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Bill the seconds of a block as waiting for a batch to the innermost running bill, if any."""
+    start = time.perf_counter()
+    yield
+    if _running.bills:
+        _running.bills[-1].waited += time.perf_counter() - start

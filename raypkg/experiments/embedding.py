@@ -30,8 +30,8 @@ from raypkg.data.augment import compose
 from raypkg.data.sources.table import FEATURES, LABEL, features_schema
 from raypkg.data.split import Split
 from raypkg.engine.batches import alternate
-from raypkg.engine.costs import Cost
 from raypkg.engine.shards import Shard
+from raypkg.engine.worker import Cost
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 

@@ -25,9 +25,8 @@ from raypkg.data.kinds import IMAGES, TEXTS, kind_of
 from raypkg.data.split import Split
 from raypkg.data.tokenizer import encode, padded, tokenizer_at
 from raypkg.engine.batches import ahead, dtype_of, loaders_of, to_device, training_batch
-from raypkg.engine.hooks import Hook, Results
 from raypkg.engine.loop import autocast, output_of
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Results, Run
 from raypkg.engine.worker import Worker
 from raypkg.models import build_model
 from raypkg.models.classifier import Classifier, classifier, in_mode

@@ -22,12 +22,10 @@ from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import IMAGES
 from raypkg.data.split import at_hand
 from raypkg.engine.batches import dtype_of
-from raypkg.engine.costs import Cost
 from raypkg.engine.device import TRACE
-from raypkg.engine.hooks import Hook, Results, hook
 from raypkg.engine.loop import evaluate, fit
-from raypkg.engine.run import Run
-from raypkg.engine.worker import Worker, whole
+from raypkg.engine.run import Hook, Results, Run, hook
+from raypkg.engine.worker import Cost, Worker, whole
 from raypkg.models.classifier import classifier
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
 from raypkg.runs.folder import CORESET, GROWING, MODEL, NAME, SCORES, Manifest
@@ -233,7 +231,7 @@ def _keep(run: Run, weights: dict[str, Tensor], job: Job, samples: Samples) -> d
         # The hook may be a user's.
         kind = type(each).__name__
         if not isinstance(left, Results):
-            problem = f"results() returned a {type(left).__name__}, not raypkg.engine.hooks.Results"
+            problem = f"results() returned a {type(left).__name__}, not raypkg.engine.run.Results"
             raise UserError(f"hook {kind}: {problem}")
         if wrong := [name for name in (*left.tables, *left.plots) if not NAME.fullmatch(name)]:
             raise UserError(

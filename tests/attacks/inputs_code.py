@@ -120,7 +120,7 @@ HOOKS = cases(
     {
         "mine:gives_none": "gave an object of type NoneType, not a raypkg.Hook",
         "mine:NoHook": "gave an object of type NoHook, not a raypkg.Hook",
-        "mine:Leaves": "results() returned a int, not raypkg.engine.hooks.Results",
+        "mine:Leaves": "results() returned a int, not raypkg.engine.run.Results",
     },
     make=lambda folder, _: (folder / "mine.py").write_text(HOOK),
     leaves=("runs/train", "runs/train/digits-*"),

@@ -24,8 +24,7 @@ from raypkg.core.settings import Cluster, Model, Training
 from raypkg.data import Data, load_data
 from raypkg.data.split import Split
 from raypkg.engine.loop import fit
-from raypkg.engine.optimizer import learning_rate
-from raypkg.engine.run import Run
+from raypkg.engine.run import Run, learning_rate
 from raypkg.engine.worker import threads
 from raypkg.methods.deltagrad.answer import changed_steps, sharded_gradient
 from raypkg.methods.deltagrad.history import History, HistoryWriter, Layout

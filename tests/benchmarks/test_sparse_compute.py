@@ -13,10 +13,9 @@ import torch
 
 from raypkg.core.settings import Training
 from raypkg.data import load_data
-from raypkg.engine.costs import Cost
 from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
-from raypkg.engine.worker import Worker, threads
+from raypkg.engine.worker import Cost, Worker, threads
 from raypkg.methods.sparse.hook import Active, Enforced, Topology
 from raypkg.methods.sparse.settings import Sparsity
 from raypkg.models import build_model

@@ -19,7 +19,7 @@ for arguments in {commands}:
 OPTIMIZERS = """
 from torch import nn
 from raypkg.core.settings import Training
-from raypkg.engine.optimizer import build_optimizer
+from raypkg.engine.run import build_optimizer
 
 for name in ("sgd", "adamw"):
     optimizer = build_optimizer(nn.Linear(3, 2), Training(optimizer=name))

@@ -9,8 +9,7 @@ from gloo import on_workers
 from raypkg.core.config import Named, load_settings
 from raypkg.core.errors import UserError
 from raypkg.data.coreset import Coreset
-from raypkg.engine.hooks import Hook, Results, hook
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Results, Run, hook
 from raypkg.engine.worker import Worker
 from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.samples import open_samples

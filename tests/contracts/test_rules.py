@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
+from raypkg.engine.run import Hook
 from raypkg.methods.sparse.masks import density_of, shapes_of
 from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
 from sparse_training import batch, counts_over_time, network, rng, run, sparse

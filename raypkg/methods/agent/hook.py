@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import seeded
 from raypkg.engine.batches import Batch, Batches, dtype_of, plain_batches
-from raypkg.engine.costs import Cost
-from raypkg.engine.hooks import Hook, Results, hook
 from raypkg.engine.loop import autocast, losses_of, scored
-from raypkg.engine.run import Run
-from raypkg.engine.worker import memory_bound
+from raypkg.engine.run import Hook, Results, Run, hook
+from raypkg.engine.worker import Cost, memory_bound
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.training import Job
 

@@ -21,8 +21,8 @@ from raypkg.data import Data
 from raypkg.data.kinds import IMAGES, TEXTS
 from raypkg.data.split import Split
 from raypkg.data.tokenizer import tokenizer_at
-from raypkg.engine.costs import Cost
 from raypkg.engine.shards import Shard, class_shards
+from raypkg.engine.worker import Cost
 from raypkg.experiments.coreset_files import area_under_curve
 from raypkg.experiments.resolve import stored_settings
 from raypkg.experiments.samples import Samples, new_model, open_samples

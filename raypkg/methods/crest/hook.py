@@ -21,9 +21,8 @@ from raypkg.coresets.gradients import HeadView
 from raypkg.data.augment import compose
 from raypkg.data.coreset import Coreset
 from raypkg.engine.batches import Batch, Epoch, ahead, dtype_of, plain_batches, training_batch
-from raypkg.engine.hooks import Hook, Results, Selected, hook
 from raypkg.engine.loop import autocast
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Results, Run, Selected, hook
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.training import Job
 

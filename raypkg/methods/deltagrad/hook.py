@@ -11,8 +11,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.data import Data
 from raypkg.data.kinds import TEXTS
-from raypkg.engine.hooks import Hook, Results, hook
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Results, Run, hook
 from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import Samples, augmentations, new_model
 from raypkg.experiments.training import Job

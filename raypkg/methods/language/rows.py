@@ -22,10 +22,9 @@ from raypkg.coresets.target import target_of
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.batches import plain_batches
-from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast
 from raypkg.engine.shards import Shard
-from raypkg.engine.worker import Worker
+from raypkg.engine.worker import Cost, Worker
 from raypkg.experiments.coreset_files import load_coreset, save_coreset
 from raypkg.experiments.embedding import PARTS, Part, bill_of, check_disk, complete, joined, parts_of, write_parts
 from raypkg.experiments.samples import Samples, new_model, samples_on

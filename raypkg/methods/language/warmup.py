@@ -17,11 +17,9 @@ from raypkg.core.seeds import derive, generator
 from raypkg.coresets.per_sample import trained_linears
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import at_hand
-from raypkg.engine.costs import Cost
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Run
-from raypkg.engine.worker import Worker
+from raypkg.engine.run import Hook, Run
+from raypkg.engine.worker import Cost, Worker
 from raypkg.experiments.samples import Samples, new_model, samples_on
 from raypkg.experiments.training import Job, train_on_cluster
 from raypkg.methods.lipt.merges import Member, masked_average

@@ -13,11 +13,9 @@ from raypkg.coresets.record import Recorder
 from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import IMAGES
 from raypkg.data.split import Split, at_hand
-from raypkg.engine.costs import Cost
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import autocast, fit
-from raypkg.engine.run import Run
-from raypkg.engine.worker import Worker
+from raypkg.engine.run import Hook, Run
+from raypkg.engine.worker import Cost, Worker
 from raypkg.experiments.samples import Samples, augmentations, new_model
 from raypkg.methods.sparse.hook import Masked, first_batch
 from raypkg.methods.sparse.masks import Masks, random_masks

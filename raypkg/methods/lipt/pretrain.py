@@ -35,11 +35,9 @@ from raypkg.coresets.record import Recorder
 from raypkg.data.partition import stratified_shards
 from raypkg.data.split import at_hand
 from raypkg.engine.batches import dtype_of, plain_batches
-from raypkg.engine.costs import Cost
-from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import autocast
-from raypkg.engine.run import Run
-from raypkg.engine.worker import Worker
+from raypkg.engine.run import Hook, Run
+from raypkg.engine.worker import Cost, Worker
 from raypkg.experiments.samples import Samples, new_model, samples_on
 from raypkg.experiments.training import Job, measure_held_out, save_record, train_on_cluster
 from raypkg.runs.checkpoints import load_state, save_state, save_tensors

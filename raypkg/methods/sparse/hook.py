@@ -14,9 +14,8 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.data.split import Split
 from raypkg.engine.batches import dtype_of, plain_batches
-from raypkg.engine.costs import Cost
-from raypkg.engine.hooks import Hook, Results, hook
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Results, Run, hook
+from raypkg.engine.worker import Cost
 from raypkg.experiments.samples import Samples, new_model
 from raypkg.experiments.training import Job
 from raypkg.models.operations import forward_flops
