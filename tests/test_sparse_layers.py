@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import reference
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Hook
+from raypkg.methods.sparse import initial
 from raypkg.methods.sparse.compute import (
     ActiveLinear,
     Pattern,
@@ -17,8 +18,7 @@ from raypkg.methods.sparse.compute import (
     compressed,
     expanded,
 )
-from raypkg.methods.sparse.masks import prunable, shapes_of
-from raypkg.methods.sparse.rules import grasp_saliency
+from raypkg.methods.sparse.masks import largest_masks, prunable, shapes_of
 from raypkg.models import build_model
 from raypkg.models.operations import forward_flops
 from raypkg.runs.checkpoints import StoredCheckpoints
@@ -141,12 +141,10 @@ def test_grasp_differentiates_attention_twice():
     model.position = Nowhere()
     model.encoder.layers = model.encoder.layers[:1]
     x, y = batch(8)
-    scores = grasp_saliency(model, x.double(), y)
+    masks = initial["grasp"](model, 0.3, options={}, rng=rng(), batch=(x.double(), y))
     with sdpa_kernel(SDPBackend.MATH):
-        slow = reference.grasp(model, x.double(), y)
-    assert scores.keys() == slow.keys()
-    for name, values in scores.items():
-        torch.testing.assert_close(values, slow[name])
+        expected = largest_masks(reference.grasp(model, x.double(), y), 0.3)
+    assert masks.keys() == expected.keys() and all(mask.equal(expected[name]) for name, mask in masks.items())
 
 
 def test_multiplying_only_active_weights_gives_the_same_model():

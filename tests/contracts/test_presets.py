@@ -9,6 +9,7 @@ from raypkg.coresets.rules import coreset
 from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.resolve import resolve
 from raypkg.experiments.train import SelectSettings, TrainSettings
+from raypkg.methods.agent.settings import DAMPING
 from raypkg.studies.tables import Table, read_table
 
 SCHEMAS = {name: settings_of(experiment[name]) for name in ("crest", "lipt", "sparse", "deltagrad")}
@@ -109,7 +110,8 @@ def test_a_baseline_may_have_the_options_of_crest_that_nobody_gave(stored, given
 
 
 def test_a_part_that_a_preset_enables_can_be_disabled():
-    assert resolve(SCHEMAS["sparse"], None, {"preset": "rigl-agent"}).agent.damping == 0.1
+    agent = resolve(SCHEMAS["sparse"], None, {"preset": "rigl-agent"}).agent
+    assert agent.gamma is None and DAMPING[agent.form] == 0.1
     settings = resolve(SCHEMAS["sparse"], None, {"preset": "rigl-agent", "agent": "false"})
     assert settings.agent is None
     assert set(departures(settings)) >= {"agent.form"}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from raypkg.core.errors import UserError
 
-from .settings import AgentOptions
+from .settings import DAMPING, AgentOptions
 
 PAIRS = 8  # of successive steps, in a look
 SPARSELY = 8  # at most one such pair per 8 steps: a quarter of an epoch's gradients
@@ -100,7 +100,7 @@ class Weight:
 
     def __init__(self, options: AgentOptions):
         self.form = options.form
-        self.gamma = options.damping
+        self.gamma = DAMPING[options.form] if options.gamma is None else options.gamma
         self.alpha = options.alpha
         self.base = 0.0 if self.form == "published" else 1.0  # c, unless layers are measured
         self.sums: Tensor | None = None  # measured covariance, and variance at the snapshot, [2, layers]

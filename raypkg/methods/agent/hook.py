@@ -120,8 +120,12 @@ class Correction(Hook):
         self.taken, self.kept = run.step, {}
         weight.load_state_dict(run.worker.first(weight.state_dict()), run.worker.device)
 
-        # A corrected step computes q gradients: its own, its part of g̃, and the snapshot's unless kept.
-        keeps = self._keeps(run)
+        # Steps take the gradients that g̃ is the mean of if they see the same batches, with the same draws, and memory
+        # suffices. A corrected step computes q gradients: its own, its part of g̃, and the snapshot's unless kept.
+        steps, device = run.settings.steps_per_epoch(len(run.coreset)), run.worker.device
+        size = steps * sum(parameter.nbytes for parameter in self.agent.parameters)
+        bound = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else memory_bound(None)
+        keeps = size <= bound and not self.draws and not any(hook.supplies_batches for hook in run.hooks)
         self.line = 1 / 2 if keeps else 1 / 3
         if not (self.switch.on and weight.acts):
             return
@@ -143,18 +147,6 @@ class Correction(Hook):
         bill.forward += len(batch.y)
         bill.backward += len(batch.y)
         return self.agent.gradient(_parts(run, batch, self.agent.copy))
-
-    def _keeps(self, run: Run) -> bool:
-        """Return True if the steps take the gradients that g̃ is the mean of.
-
-        The steps must see the same batches, with the same draws, and memory must suffice.
-        """
-        if self.draws or any(hook.supplies_batches for hook in run.hooks):
-            return False
-        steps = run.settings.steps_per_epoch(len(run.coreset))
-        size = steps * sum(parameter.nbytes for parameter in self.agent.parameters)
-        device = run.worker.device
-        return size <= (torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else memory_bound(None))
 
     def on_epoch_end(self, run: Run) -> None:
         """Estimate the published c, and read measurements from the device: a checkpoint follows."""

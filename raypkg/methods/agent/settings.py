@@ -1,7 +1,7 @@
 """Settings of AGENT."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -22,24 +22,15 @@ class AgentOptions(Settings):
         "snapshot": 0, "memory": False,
     }  # fmt: skip
 
-    form: Annotated[
-        Literal["measured", "published", "linear"],
-        Field(
-            description="weight c: measured per layer from gradients, as published from losses, or linear as in α-SVRG"
-        ),
-    ] = "published"
-    gamma: Annotated[
-        float | None, Field(gt=0, le=1, description="γ: damps the correction (default: 0.1; measured 1, linear 0.75)")
-    ] = None
-    alpha: Annotated[float, Field(ge=0, le=1, description="α: share of the newest estimate in c")] = 0.3
-    always: Annotated[
-        bool, Field(description="correct even if larger batches would be better, as the other forms do")
-    ] = False
-
-    @property
-    def damping(self) -> float:
-        """γ of the form."""
-        return DAMPING[self.form] if self.gamma is None else self.gamma
+    form: Literal["measured", "published", "linear"] = Field(
+        "published",
+        description="weight c: measured per layer from gradients, as published from losses, or linear as in α-SVRG",
+    )
+    gamma: float | None = Field(
+        None, gt=0, le=1, description="γ: damps the correction (default: 0.1; measured 1, linear 0.75)"
+    )
+    alpha: float = Field(0.3, ge=0, le=1, description="α: share of the newest estimate in c")
+    always: bool = Field(False, description="correct even if larger batches would be better, as the other forms do")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -58,13 +58,21 @@ class Request(NamedTuple):
 
 def read_ids(text: str) -> list[int]:
     """Return ids given as ``3,14,15`` or by a file: one a line, or parquet with a column ``id`` or ``index``."""
-    if LIST.fullmatch(text) or not os.path.exists(text):
-        where = f"ids {text[:LONGEST]!r} (no such file)"
-        values: list[Any] = text.split(",")
-    else:
-        where = f"ids in {text!r}"
+    where = f"ids {text[:LONGEST]!r} (no such file)"
+    values: list[Any] = text.split(",")
+    if not LIST.fullmatch(text) and os.path.exists(text):
+        where, file = f"ids in {text!r}", Path(text)
         try:
-            values = _in_file(Path(text))
+            if file.suffix == ".parquet" and file.is_file():
+                names = pq.read_schema(file).names
+                column = next((name for name in COLUMNS if name in names), None)
+                if column is None:
+                    raise unknown(f"id column of {text!r}", "id", names)
+                if names.count(column) > 1:
+                    raise UserError(f"{text!r} has {names.count(column)} columns {column!r}: which one holds the ids?")
+                values = pq.read_table(file, columns=[column], partitioning=None)[column].to_pylist()
+            else:
+                values = regular(file).read_text("utf-8-sig").split()
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise UserError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not values:
@@ -76,19 +84,6 @@ def read_ids(text: str) -> list[int]:
             raise UserError(f"{where}: {shortened(value)} is no id; {ALLOWED}: 3,14,15, or a file of them, one a line")
         ids.append(number)
     return ids
-
-
-def _in_file(file: Path) -> list[Any]:
-    if file.suffix != ".parquet" or not file.is_file():
-        return regular(file).read_text("utf-8-sig").split()
-    names = pq.read_schema(file).names
-    column = next((name for name in COLUMNS if name in names), None)
-    if column is None:
-        raise unknown(f"id column of {str(file)!r}", "id", names)
-    if names.count(column) > 1:
-        raise UserError(f"{str(file)!r} has {names.count(column)} columns {column!r}: which one holds the ids?")
-    table = pq.read_table(file, columns=[column], partitioning=None)
-    return table[column].to_pylist()
 
 
 def _is_id(value: Any) -> bool:

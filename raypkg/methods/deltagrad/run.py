@@ -109,8 +109,7 @@ class RecordedRun:
         of_a_script = "labels" in first
         if not changes and not of_a_script:
             _check_finished(folder)
-        where = f"{folder.storage.root}/{CONFIG}"
-        values = stored_settings(folder)
+        where, values = f"{folder.storage.root}/{CONFIG}", stored_settings(folder)
         try:
             self.settings = load_settings(DeltaGradSettings, values)
         except UserError as error:
@@ -127,8 +126,21 @@ class RecordedRun:
                 self.batches = [torch.tensor(ids.values.to_numpy()) for ids in batches]
         else:
             rows = journal.table(ROWS, first["rows"])
-            self.samples = _standardised_as_trained(rows, open_samples(self.settings, verify=False))
-            train = self.samples.data.train
+            samples = open_samples(self.settings, verify=False)
+            split = samples.data.train
+            facts = json.loads(rows.schema.metadata[b"effray"])
+            for what, was, now in (
+                ("samples", len(rows), len(split)),
+                ("shape", facts["shape"], list(split.shape)),
+                ("classes", facts["classes"], list(split.classes)),
+            ):
+                if was != now:
+                    problem = f"its {what} were {was} and are {now}"
+                    raise UserError(f"the data set is not that of the recorded training: {problem}")
+            # Standardised as in the recorded training: the statistics of the data set change with deleted rows.
+            mean, std = tuple(facts["mean"]), tuple(facts["std"])
+            data = Data(*(replace(part, mean=mean, std=std) for part in samples.data))
+            self.samples, train = samples._replace(data=data), data.train
         journal.settle()
 
         self._splits = [train]  # the training split, and the samples that each entry added
@@ -211,22 +223,6 @@ def settings_digest(settings: DeltaGradSettings) -> str:
     """Return the digest of all settings that affect the recorded steps."""
     values = settings.model_dump(mode="json", exclude=FREE)
     return digest(json.dumps(values, sort_keys=True).encode()).hex()
-
-
-def _standardised_as_trained(rows: pa.Table, samples: Samples) -> Samples:
-    """Return samples with the recorded training's standardisation: that of the data set changes with deleted rows."""
-    split = samples.data.train
-    facts = json.loads(rows.schema.metadata[b"effray"])
-    for what, was, now in (
-        ("samples", len(rows), len(split)),
-        ("shape", facts["shape"], list(split.shape)),
-        ("classes", facts["classes"], list(split.classes)),
-    ):
-        if was != now:
-            raise UserError(f"the data set is not that of the recorded training: its {what} were {was} and are {now}")
-    mean, std = tuple(facts["mean"]), tuple(facts["std"])
-    data = Data(*(replace(part, mean=mean, std=std) for part in samples.data))
-    return samples._replace(data=data)
 
 
 def row_digests(split: Split) -> np.ndarray:

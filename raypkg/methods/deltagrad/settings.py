@@ -1,7 +1,7 @@
 """Settings of recorded trainings, and of the replays that answer requests."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -24,30 +24,26 @@ class PlainDataset(Dataset):
     former: ClassVar[Mapping[str, Any]] = {"scale": "standard"}
 
     scale: Scale = "unit"
-    augment: Annotated[tuple[str, ...] | None, Field(description="must be empty: gradients are replayed")] = ()
+    augment: tuple[str, ...] | None = Field((), description="must be empty: gradients are replayed")
 
 
 class LinearModel(Model):
     """The model."""
 
-    name: Annotated[str, Field(description="linear, mlp or package.module:function; no dropout, no batch norm")] = (
-        "linear"
-    )
+    name: str = Field("linear", description="linear, mlp or package.module:function; no dropout, no batch norm")
 
 
 class PlainTrain(Train):
     """The recorded training: SGD without momentum, in double precision."""
 
-    epochs: Annotated[Epochs, Field(description="passes over the samples")] = 20
-    batch_size: Annotated[int, Field(ge=1, description="samples per step; large ones keep the history small")] = 16384
-    momentum: Annotated[float, Field(ge=0, lt=1, description="0: the derivation covers no other")] = 0.0
-    weight_decay: Annotated[float, Field(ge=0, description="λ of the L2 penalty λ/2 ‖w‖²")] = 1e-4
+    epochs: Epochs = Field(20, description="passes over the samples")
+    batch_size: int = Field(16384, ge=1, description="samples per step; large ones keep the history small")
+    momentum: float = Field(0.0, ge=0, lt=1, description="0: the derivation covers no other")
+    weight_decay: float = Field(1e-4, ge=0, description="λ of the L2 penalty λ/2 ‖w‖²")
     schedule: Schedule = "multistep"
-    milestones: Annotated[
-        tuple[Share, ...], Field(description="shares of training at which multistep drops the rate")
-    ] = (0.5,)
-    lr_drop: Annotated[float, Field(gt=0, le=1, description="factor of the rate at each milestone")] = 0.5
-    precision: Annotated[Precision, Field(description="of training; replays are in float64")] = "float64"
+    milestones: tuple[Share, ...] = Field((0.5,), description="shares of training at which multistep drops the rate")
+    lr_drop: float = Field(0.5, gt=0, le=1, description="factor of the rate at each milestone")
+    precision: Precision = Field("float64", description="of training; replays are in float64")
 
     @model_validator(mode="after")
     def _plain_sgd(self) -> Self:
@@ -64,9 +60,9 @@ class PlainTrain(Train):
 class HistorySettings(Settings):
     """The record of the training."""
 
-    dtype: Annotated[
-        Literal["float64", "float32"], Field(description="float32 halves the file and limits the accuracy of replays")
-    ] = "float64"
+    dtype: Literal["float64", "float32"] = Field(
+        "float64", description="float32 halves the file and limits the accuracy of replays"
+    )
 
 
 class ReplaySettings(Settings):
@@ -74,15 +70,14 @@ class ReplaySettings(Settings):
 
     removed: ClassVar[Mapping[str, Any]] = {"tolerance": False}
 
-    period: Annotated[int, Field(ge=1, description="T0: every T0-th step is exact; 1 = all")] = 5
-    burn_in: Annotated[
-        int | None, Field(ge=1, description="j0: exact steps at the start (default: 20, at most a third of the steps)")
-    ] = None
-    settled: Annotated[
-        float | None,
-        Field(gt=0, description="relative error of a predicted gradient that ends j0 (default: off; 0.1 if j0 is cut)"),
-    ] = None
-    pairs: Annotated[int, Field(ge=1, description="m: pairs in the approximation of the Hessian")] = 2
+    period: int = Field(5, ge=1, description="T0: every T0-th step is exact; 1 = all")
+    burn_in: int | None = Field(
+        None, ge=1, description="j0: exact steps at the start (default: 20, at most a third of the steps)"
+    )
+    settled: float | None = Field(
+        None, gt=0, description="relative error of a predicted gradient that ends j0 (default: off; 0.1 if j0 is cut)"
+    )
+    pairs: int = Field(2, ge=1, description="m: pairs in the approximation of the Hessian")
 
     def beginning(self, steps: int) -> tuple[int, float | None]:
         """Return j0 of a training of ``steps`` steps, and the relative error that ends it early."""
@@ -136,9 +131,9 @@ class DeltaGradSettings(Experiment):
 class Holders(Cluster):
     """The processes that compute the gradients of a replay."""
 
-    workers: Annotated[
-        int | None, Field(ge=0, description="Ray actors that hold the data and compute gradients; 0 = this process")
-    ] = 0
+    workers: int | None = Field(
+        0, ge=0, description="Ray actors that hold the data and compute gradients; 0 = this process"
+    )
 
 
 class RequestSettings(Settings):

@@ -8,7 +8,7 @@ autocast does not change.
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -188,16 +188,6 @@ class _Product(torch.autograd.Function):
         if ctx.is_dense:
             weight_gradient = pattern.dense(weight_gradient)
         return input_gradient, weight_gradient, None, None
-
-
-def exchange_linear(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    """Replace all linear layers, in place, and return the model."""
-    for name, child in model.named_children():
-        if type(child) is nn.Linear:
-            setattr(model, name, make(child))
-        else:
-            exchange_linear(child, make)
-    return model
 
 
 # Operations

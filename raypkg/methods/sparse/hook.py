@@ -21,7 +21,7 @@ from raypkg.experiments.training import Job
 from raypkg.models.operations import forward_flops
 
 from . import initial, plots
-from .compute import ActiveLinear, Pattern, active_flops, exchange_linear
+from .compute import ActiveLinear, Pattern, active_flops
 from .masks import Masks, active_counts
 from .settings import Sparsity
 from .training import SparseTraining
@@ -153,10 +153,13 @@ class Active(Enforced):
 
     def on_start(self, run: Run) -> None:
         """Exchange the layers; their parameters stay."""
-        exchange_linear(run.model, ActiveLinear)
-        for name, layer in run.model.named_modules():
-            if isinstance(layer, ActiveLinear) and f"{name}.weight" in self.topology.masks:
-                self.layers[f"{name}.weight"] = layer
+        for path, module in [*run.model.named_modules()]:
+            for name, child in module.named_children():
+                if type(child) is nn.Linear:
+                    layer, weight = ActiveLinear(child), f"{path}.{name}.weight".lstrip(".")
+                    setattr(module, name, layer)
+                    if weight in self.topology.masks:
+                        self.layers[weight] = layer
 
     def on_epoch(self, run: Run) -> None:
         """Adopt the first masks, which a checkpoint may have replaced since ``on_start``."""

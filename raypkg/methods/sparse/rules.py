@@ -19,8 +19,6 @@ from raypkg.models.classifier import in_mode
 from . import drop, growth, initial, redistribution
 from .masks import Masks, erk_densities, largest_masks, prunable, random_masks, shapes_of
 
-Saliency = dict[str, Tensor]  # a score for each weight that masks apply to, by the parameter's name
-
 # First masks
 
 
@@ -40,20 +38,44 @@ def uniform(model: nn.Module, density: float, *, rng: torch.Generator) -> Masks:
 
 @initial("snip", source="arXiv:1810.02340")
 def snip(model: nn.Module, density: float, *, batch: tuple[Tensor, Tensor]) -> Masks:
-    """Keep the largest |g ⊙ w| of all layers together."""
-    return largest_masks(snip_saliency(model, *batch), density)
+    """Keep the largest |g ⊙ w| of all layers together, g the gradient of the batch's mean loss at the first weights."""
+    x, y = batch
+    weights = prunable(model)
+    with in_mode(model, training=True):
+        gradients = _gradients(F.cross_entropy(model(x), y), weights)
+    return largest_masks({name: (gradients[name] * w).detach().abs() for name, w in weights.items()}, density)
 
 
 @initial("grasp", source="arXiv:2002.07376")
 def grasp(model: nn.Module, density: float, *, batch: tuple[Tensor, Tensor]) -> Masks:
-    """Keep the largest w ⊙ Hg of all layers together."""
-    return largest_masks(grasp_saliency(model, *batch), density)
+    """Keep the largest w ⊙ Hg of all layers together: without such a weight, ‖g‖² decreases most, to first order.
+
+    Differs from the paper: the loss has no temperature, and one batch serves for g and for H.
+    """
+    x, y = batch
+    weights = prunable(model)
+    # PyTorch cannot differentiate its fused forms of attention twice: use plain products.
+    with in_mode(model, training=True), sdpa_kernel(SDPBackend.MATH):
+        gradients = _gradients(F.cross_entropy(model(x), y), weights, create_graph=True)
+        # H is never formed: the gradient of gᵀ·(g as a constant) is Hg.
+        flow = torch.stack([(gradient * gradient.detach()).sum() for gradient in gradients.values()]).sum()
+        products = _gradients(flow, weights)  # Hg
+    return largest_masks({name: (w * products[name]).detach() for name, w in weights.items()}, density)
 
 
 @initial("dense", source="arXiv:1710.01878")
 def dense(model: nn.Module, density: float) -> Masks:
     """Keep all weights; the density is where gradual pruning ends."""
     return {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes_of(model).items()}
+
+
+def _gradients(output: Tensor, weights: dict[str, nn.Parameter], *, create_graph: bool = False) -> dict[str, Tensor]:
+    """Return the gradients of a scalar; zeros for layers that the forward pass does not use."""
+    parameters = list(weights.values())
+    gradients = torch.autograd.grad(
+        output, parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(weights, gradients, strict=True))
 
 
 # Weights that go
@@ -111,40 +133,3 @@ def steepest_on_average(weight: Tensor, *, momentum: Tensor) -> Tensor:
 def mean_momentum(weight: Tensor, *, momentum: Tensor) -> float:
     """Grow in proportion to the mean |m| of a layer's active weights."""
     return momentum.abs().mean().item()
-
-
-# Saliency of each weight before training, from one batch x float [b, …], y int64 [b]. Both leave the model unchanged.
-
-
-def snip_saliency(model: nn.Module, x: Tensor, y: Tensor) -> Saliency:
-    """Return |g ⊙ w|, g the gradient of the batch's mean loss at the current weights (arXiv:1810.02340)."""
-    weights = prunable(model)
-    with in_mode(model, training=True):
-        loss = F.cross_entropy(model(x), y)
-        gradients = _gradients(loss, weights)
-    return {name: (gradients[name] * weight).detach().abs() for name, weight in weights.items()}
-
-
-def grasp_saliency(model: nn.Module, x: Tensor, y: Tensor) -> Saliency:
-    """Return w ⊙ Hg, the first-order decrease of ‖g‖² when a weight is removed (arXiv:2002.07376).
-
-    Differs from the paper: the loss has no temperature, and one batch serves for g and for H.
-    """
-    weights = prunable(model)
-    # PyTorch cannot differentiate its fused forms of attention twice: use plain products.
-    with in_mode(model, training=True), sdpa_kernel(SDPBackend.MATH):
-        loss = F.cross_entropy(model(x), y)
-        gradients = _gradients(loss, weights, create_graph=True)
-        # H is never formed: the gradient of gᵀ·(g as a constant) is Hg.
-        flow = torch.stack([(gradient * gradient.detach()).sum() for gradient in gradients.values()]).sum()
-        products = _gradients(flow, weights)  # Hg
-    return {name: (weight * products[name]).detach() for name, weight in weights.items()}
-
-
-def _gradients(output: Tensor, weights: dict[str, nn.Parameter], *, create_graph: bool = False) -> Saliency:
-    """Return the gradients of a scalar; zeros for layers that the forward pass does not use."""
-    parameters = list(weights.values())
-    gradients = torch.autograd.grad(
-        output, parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
-    return dict(zip(weights, gradients, strict=True))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -26,29 +26,27 @@ PUBLISHED_STEPS = 97_750  # 250 epochs of CIFAR-10 in batches of 128
 class Initial(Named):
     """Rule of the first masks."""
 
-    name: Annotated[
-        str, Field(description="first masks: erk, uniform, snip, grasp; dense and no growth = gradual pruning")
-    ] = "erk"
+    name: str = Field(
+        "erk", description="first masks: erk, uniform, snip, grasp; dense and no growth = gradual pruning"
+    )
 
 
 class Growth(Named):
     """Rule of the weights to grow."""
 
-    name: Annotated[str, Field(description="gradient (RigL), random (SET), momentum; false = the masks stay")] = (
-        "gradient"
-    )
+    name: str = Field("gradient", description="gradient (RigL), random (SET), momentum; false = the masks stay")
 
 
 class Drop(Named):
     """Rule of the weights to drop."""
 
-    name: Annotated[str, Field(description="magnitude, set (closest to zero on both sides)")] = "magnitude"
+    name: str = Field("magnitude", description="magnitude, set (closest to zero on both sides)")
 
 
 class Redistribution(Named):
     """Rule of the layers that grow."""
 
-    name: Annotated[str, Field(description="which layers grow: momentum (default: those that dropped)")]
+    name: str = Field(description="which layers grow: momentum (default: those that dropped)")
 
 
 class Sparsity(Settings):
@@ -57,28 +55,23 @@ class Sparsity(Settings):
     former: ClassVar[Mapping[str, Any]] = {"density": False, "growth": "random"}
     removed: ClassVar[Mapping[str, Any]] = {"decay": "cosine"}
 
-    density: Annotated[
-        Share | None, Field(description="share of the weights that exist; false = all: a dense model")
-    ] = 0.05
+    density: Share | None = Field(0.05, description="share of the weights that exist; false = all: a dense model")
     growth: Growth | None = Growth()
     drop: Drop = Drop()
     redistribution: Redistribution | None = None
     sparse_init: Initial = Initial()
-    fan_in: Annotated[
-        Literal["dense", "sparse"],
-        Field(description="sparse = first weights suit the inputs that exist (for networks without batch norm)"),
-    ] = "dense"
-    update_every_steps: Annotated[
-        Count | None,
-        Field(description="ΔT: steps between changes of the masks (default: 4000, in short training a share of it)"),
-    ] = None
-    death_rate: Annotated[
-        float, Field(gt=0, lt=1, description="f0: share of a layer's active weights to drop at the first change")
-    ] = 0.5
-    compute: Annotated[
-        Literal["masked", "sparse"],
-        Field(description="sparse = linear layers multiply only the weights that exist; masked = all of them"),
-    ] = "masked"
+    fan_in: Literal["dense", "sparse"] = Field(
+        "dense", description="sparse = first weights suit the inputs that exist (for networks without batch norm)"
+    )
+    update_every_steps: Count | None = Field(
+        None, description="ΔT: steps between changes of the masks (default: 4000, in short training a share of it)"
+    )
+    death_rate: float = Field(
+        0.5, gt=0, lt=1, description="f0: share of a layer's active weights to drop at the first change"
+    )
+    compute: Literal["masked", "sparse"] = Field(
+        "masked", description="sparse = linear layers multiply only the weights that exist; masked = all of them"
+    )
 
     @property
     def is_gradual(self) -> bool:
@@ -140,14 +133,12 @@ class SparseSettings(Sparsity, Experiment):
     }
 
     preset: PresetName = PUBLISHED
-    multiplier: Annotated[Count, Field(description="multiplies train.epochs (extended training, ITOP)")] = 1
-    agent: Annotated[AgentOptions | None, Field(description="correct gradients by a snapshot of the model (AGENT)")] = (
-        None
+    multiplier: Count = Field(1, description="multiplies train.epochs (extended training, ITOP)")
+    agent: AgentOptions | None = Field(None, description="correct gradients by a snapshot of the model (AGENT)")
+    crest: CrestOptions | None = Field(
+        None, description="train on mini-batch coresets (CREST) instead of shuffled batches"
     )
-    crest: Annotated[
-        CrestOptions | None, Field(description="train on mini-batch coresets (CREST) instead of shuffled batches")
-    ] = None
-    coreset: Annotated[str | None, Field(description="a coreset.parquet to train on")] = None
+    coreset: str | None = Field(None, description="a coreset.parquet to train on")
     train: SparseTrain = SparseTrain()
 
     @property

@@ -19,10 +19,6 @@ from raypkg.core.settings import Count, Share
 from raypkg.coresets.batches import check_state, ranks_here
 from raypkg.models.classifier import unwrapped
 
-from . import drop as drop_rules
-from . import growth as growth_rules
-from . import initial
-from . import redistribution as redistribution_rules
 from .compute import compressed
 from .masks import (
     Masks,
@@ -40,7 +36,7 @@ from .masks import (
     surplus,
     zero_changed,
 )
-from .settings import PRUNED_BY, Initial, Sparsity
+from .settings import PRUNED_BY, REGISTRIES, Initial, Sparsity
 
 Batch = tuple[Tensor, Tensor]  # x, y
 Rule = str | Mapping[str, Any] | Named | None  # a name, or {"name": …, "options": {…}}
@@ -98,10 +94,6 @@ class SparseTraining:
         batch: x, y int64 [b] for the first masks, if snip or grasp chooses them.
         seed: of masks and random growth; the same on all ranks.
         resumes: leave the weights, which a checkpoint has set already; ``load_state_dict`` must follow.
-
-    Attributes:
-        masks: bool tensors by the names of the weights, changed in place.
-        step: steps of the optimiser so far.
 
     Raises:
         UserError: an invalid value, a model without prunable layers or with sharded weights (FSDP), an optimiser that
@@ -172,12 +164,13 @@ class SparseTraining:
             raise UserError("the optimiser or a layer of the model has a SparseTraining already: finalize() ends that")
 
         self.seed = seed
-        self.step = 0
+        self.step = 0  # steps of the optimiser so far
         self.tracks_momentum = bool(settings.rules_by_momentum)
         self.momentum: dict[str, Tensor] = {}  # of the dense gradient, if a rule needs it
         rule = settings.sparse_init
         rng = generator(seed, "mask")
         masks = first_masks(rule.name, self.model, settings.density, rng=rng, batch=batch, **rule.options)
+        # By the names of the weights, changed in place.
         self.masks = {name: mask.bool().to(self.weights[name].device) for name, mask in masks.items()}
         self._agree(self.masks)
         self.ever = {name: mask.clone() for name, mask in self.masks.items()}  # weights that were ever active
@@ -215,11 +208,18 @@ class SparseTraining:
         steps that is done.
         """
         due = self.due(self.step)
-        gradients = {}
+        gradients: dict[str, Tensor] = {}
         if due or self.tracks_momentum:
             if self._infinite():
                 return False
-            gradients = {name: self._dense_gradient(weight) for name, weight in self.weights.items()}
+            # Unscaled and without AGENT's correction; zeros where the forward pass has no use for a weight.
+            scale = getattr(self.optimizer, "grad_scale", None)  # while a fused optimiser steps under a GradScaler
+            for name, weight in self.weights.items():
+                raw: Tensor | None = getattr(weight, "raw_grad", None)  # from GradientCorrection
+                if raw is None:
+                    raw = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                    raw = raw if scale is None else raw / scale
+                gradients[name] = raw
         if due or self.step < 2:
             for name, weight in self.weights.items():
                 mask = self.masks[name]
@@ -355,73 +355,58 @@ class SparseTraining:
                 return name
         return None
 
-    def _dense_gradient(self, weight: nn.Parameter) -> Tensor:
-        """Return a weight's gradient, unscaled and without AGENT's correction; zeros if the forward pass has no use."""
-        raw: Tensor | None = getattr(weight, "raw_grad", None)  # from GradientCorrection
-        if raw is not None:
-            return raw
-        if weight.grad is None:
-            return torch.zeros_like(weight)
-        scale = getattr(self.optimizer, "grad_scale", None)  # while a fused optimiser steps under a GradScaler
-        return weight.grad if scale is None else weight.grad / scale
-
     # Changes of the masks
 
     def _change(self, gradients: Mapping[str, Tensor], progress: float) -> None:
-        before = self.masks
+        settings, before = self.settings, self.masks
         old_counts = active_counts(before)
 
         # Drop the share f(p) of each layer or, in gradual pruning, its surplus.
-        if self.settings.is_gradual:
+        if settings.is_gradual:
             pruning_done = min(1.0, progress / PRUNED_BY)
-            leaving = surplus(before, gradual_density(self.settings.density, pruning_done))
+            leaving = surplus(before, gradual_density(settings.density, pruning_done))
         else:
-            fraction = drop_fraction(self.settings.death_rate, progress)
+            fraction = drop_fraction(settings.death_rate, progress)
             # Rounding of the progress must not turn 8 weights into 7.999….
             leaving = {name: int(fraction * count + 1e-9) for name, count in old_counts.items()}
-        chosen = self.settings.drop
-        rule = drop_rules[chosen.name]
+        rule = REGISTRIES["drop"][settings.drop.name]
         masks = {}
         for name, mask in before.items():
             active = self.weights[name].data[mask]  # [k]
-            scores = rule(active, options=chosen.options)
+            scores = rule(active, options=settings.drop.options)
             masks[name] = dropped(mask, _checked(f"drop rule {rule.name!r}", scores, active, name), leaving[name])
 
-        if self.settings.growth:
-            self._grow(masks, gradients, old_counts)
-        self._agree(masks)
-        for name, mask in masks.items():
-            self.ever[name] |= mask
-            zero_changed(self.weights[name], mask, before[name], self.optimizer)
-        self._commit(masks)
-
-    def _grow(self, masks: Masks, gradients: Mapping[str, Tensor], old_counts: Mapping[str, int]) -> None:
-        """Grow as many weights as all layers lost: each its own, or its part by the redistribution."""
+        # Grow as many weights as all layers lost: each its own, or its part by the redistribution.
         counts = active_counts(masks)
         arriving = {name: count - counts[name] for name, count in old_counts.items()}
-        if self.settings.redistribution:
-            rule = redistribution_rules[self.settings.redistribution.name]
+        if settings.growth and settings.redistribution:
+            rule = REGISTRIES["redistribution"][settings.redistribution.name]
             shares = {}
             for name, mask in masks.items():
                 momentum = self.momentum[name][mask] if name in self.momentum else None  # [k]
-                options = self.settings.redistribution.options
-                share = rule(self.weights[name].data[mask], options=options, momentum=momentum)
+                active = self.weights[name].data[mask]
+                share = rule(active, options=settings.redistribution.options, momentum=momentum)
                 if not 0 <= share < math.inf:
                     raise UserError(f"redistribution {rule.name!r} returned {share} for {name}: {DIVERGED}")
                 shares[name] = share
             room = {name: mask.numel() - counts[name] for name, mask in masks.items()}
             arriving = allot(shares, sum(arriving.values()), room)
-
-        assert self.settings.growth
-        rule = growth_rules[self.settings.growth.name]
-        for name, count in arriving.items():
+        for name, count in arriving.items() if settings.growth else ():
             if not count:
                 continue
+            assert settings.growth
+            rule = REGISTRIES["growth"][settings.growth.name]
             weight = self.weights[name]
             inputs = {"gradient": gradients[name], "momentum": self.momentum.get(name)}
             rng = generator(self.seed, "growth", name, self.step)
-            scores = rule(weight.data, options=self.settings.growth.options, rng=rng, **inputs)
+            scores = rule(weight.data, options=settings.growth.options, rng=rng, **inputs)
             masks[name] = grown(masks[name], _checked(f"growth rule {rule.name!r}", scores, weight, name), count)
+
+        self._agree(masks)
+        for name, mask in masks.items():
+            self.ever[name] |= mask
+            zero_changed(self.weights[name], mask, before[name], self.optimizer)
+        self._commit(masks)
 
     def _agree(self, masks: Masks) -> None:
         """Take rank 0's masks: machines may round the sums behind them differently."""
@@ -438,7 +423,7 @@ def first_masks(
     name: str, model: nn.Module, density: float, /, *, rng: torch.Generator, batch: Batch | None = None, **options: Any
 ) -> Masks:
     """Return the first masks by the named rule; some rules need a batch x, y."""
-    rule = initial[name]
+    rule = REGISTRIES["sparse_init"][name]
     if batch is None and "batch" in rule.declares:
         raise UserError(f"sparse initialisation {name!r} scores weights on a batch: give batch=(x, y)")
     masks: Masks = rule(model, density, options=options, rng=rng, batch=batch)
