@@ -36,8 +36,7 @@ from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
 from raypkg.methods.crest.hook import Crest
 from raypkg.methods.crest.settings import CrestOptions
-from raypkg.methods.language.api import less_rows, state_rows
-from raypkg.methods.language.projection import Projection
+from raypkg.methods.language.api import Projection, less_rows, state_rows
 from raypkg.models import build_model, model
 from sparse_training import sparse as sparse_hooks
 

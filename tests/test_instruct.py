@@ -14,9 +14,9 @@ from raypkg.coresets.rules import coreset
 from raypkg.data import load_data
 from raypkg.engine.shards import Shard
 from raypkg.experiments import embedding
-from raypkg.methods.language import rows as room
+from raypkg.methods.language import phases as room
 from raypkg.methods.language.api import Projection, less_rows, over_checkpoints, state_rows
-from raypkg.methods.language.warmup import FOLDER, load_checkpoint
+from raypkg.methods.language.phases import FOLDER, load_checkpoint
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage

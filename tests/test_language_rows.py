@@ -19,8 +19,7 @@ from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.per_sample import adapter_gradients
 from raypkg.coresets.rows import Rows
 from raypkg.coresets.rules import coreset
-from raypkg.methods.language.api import Moments, less_rows, moments_of, over_checkpoints, state_rows
-from raypkg.methods.language.projection import Projection
+from raypkg.methods.language.api import Moments, Projection, less_rows, moments_of, over_checkpoints, state_rows
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ MATHEMATICS = {"core", "data", "models", "coresets"}  # all that a method's pure
 REACH = {"hook", "run", "pretrain", "experiment", "plots", "show", "export"}  # files and folders that reach further
 REACH_TOO = {
     "lipt": {"member", "api"},
-    "language": {"rows", "warmup"},
+    "language": {"phases"},
     "deltagrad": {"history", "journal", "requests", "answer", "estimator", "folder", "head"},
 }  # fmt: skip
 ROOMS = {

@@ -34,8 +34,7 @@ def run(settings: InstructSettings, *, samples: Samples, report: Report, workers
     from raypkg.experiments.summary import finish
     from raypkg.experiments.training import Job, train_on_cluster
 
-    from .rows import compute_rows, select_instructions
-    from .warmup import warm_up
+    from .phases import compute_rows, select_instructions, warm_up
 
     settings.check(len(samples.train_indices), samples.data)
     check_target_samples(settings.select, samples)
