@@ -204,9 +204,7 @@ def test_stored_parts_are_not_read_again(local, tmp_path, allowing, caplog, monk
     killed_import(source, local, allowing, 7)
     read = set()
     batches = parquet.RowGroup.batches
-    monkeypatch.setattr(
-        parquet.RowGroup, "batches", lambda group, columns: read.add(group.file) or batches(group, columns)
-    )
+    monkeypatch.setattr(parquet.RowGroup, "batches", lambda group: read.add(group.file) or batches(group))
     load_data(source, cache=local)
     (start,) = begun_at(caplog)
     assert start % FILE and start > FILE

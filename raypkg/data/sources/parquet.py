@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from functools import cached_property, partial
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -114,15 +113,15 @@ class ImageTable:
     def batches(self, start: int = 0) -> Iterator[tuple[list[bytes], np.ndarray]]:
         """Yield encoded images and labels from the row ``start`` on, a bounded number at a time."""
         groups = []
+        end = skipped = 0
         for file, metadata in zip(self.files, self._metadata, strict=True):
             for number in range(metadata.num_row_groups):
-                group = metadata.row_group(number)
-                groups.append(RowGroup(file, metadata, number, group.num_rows, group.total_byte_size))
-        # Row groups before the start are not read.
-        ends = accumulate(group.rows for group in groups)
-        rest = [group for group, end in zip(groups, ends, strict=True) if end > start]
-        skipped = self.length - sum(group.rows for group in rest)
-        for batch in beginning_at(start - skipped, self._read(rest), len):
+                end += metadata.row_group(number).num_rows
+                if end > start:
+                    groups.append(RowGroup(file, metadata, number, [self._image, self._label]))
+                else:  # it is not read
+                    skipped = end
+        for batch in beginning_at(start - skipped, _read(groups), len):
             images = batch.column(self._image)
             if pa.types.is_struct(images.type):
                 images = pc.struct_field(images, "bytes")
@@ -134,18 +133,6 @@ class ImageTable:
             yield images.to_pylist(), labels.to_numpy()
             start += len(batch)
 
-    def _read(self, groups: list["RowGroup"]) -> Iterator[pa.RecordBatch]:
-        columns = [self._image, self._label]
-        largest = max((group.size for group in groups), default=1)
-        at_once = READ_AHEAD // max(1, largest)
-        if at_once:
-            at_once = min(at_once, READERS)
-            for batches in fetched(lambda group: group.held(columns, at_once), groups, at_once):
-                yield from batches
-        else:  # a single group is too large to hold
-            for group in groups:
-                yield from group.batches(columns)
-
 
 class RowGroup(NamedTuple):
     """The unit in which a parquet file is read."""
@@ -153,24 +140,32 @@ class RowGroup(NamedTuple):
     file: Place
     metadata: pq.FileMetaData
     number: int
-    rows: int
-    size: int  # bytes of all columns, uncompressed
+    columns: list[str]
 
-    def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the rows of the group, a bounded number at a time."""
         with reading(self.file):
             file = pq.ParquetFile(open_input(self.file), metadata=self.metadata)
-            yield from file.iter_batches(READ_AT_ONCE, [self.number], columns)
+            yield from file.iter_batches(READ_AT_ONCE, [self.number], self.columns)
 
-    def held(self, columns: list[str], groups: int) -> list[pa.RecordBatch]:
-        """Return all rows of the group, one of some in memory; refuse repeated values that expand too far."""
+
+def _read(groups: list[RowGroup]) -> Iterator[pa.RecordBatch]:
+    largest = max((group.metadata.row_group(group.number).total_byte_size for group in groups), default=1)
+    at_once = min(READERS, READ_AHEAD // max(1, largest))
+
+    def held(group: RowGroup) -> list[pa.RecordBatch]:
         found: list[pa.RecordBatch] = []
         size = 0
-        for batch in self.batches(columns):
+        for batch in group.batches():
             found.append(batch)
-            size += batch.nbytes
-            check_read(f"row group {self.number} of {str(self.file)!r}, one of {groups} at once", groups * size)
+            size += batch.nbytes  # repeated values may expand too far
+            what = f"row group {group.number} of {str(group.file)!r}, one of {at_once} at once"
+            check_read(what, at_once * size)
         return found
+
+    # A single group may be too large to hold.
+    for batches in fetched(held, groups, at_once) if at_once else (group.batches() for group in groups):
+        yield from batches
 
 
 def _metadata(file: Place) -> tuple[pq.FileMetaData, pa.Schema]:

@@ -5,10 +5,9 @@ name, under the key ``effray``, the column of sample ids and the classes in thei
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from io import TextIOWrapper
+from itertools import chain
 from typing import Annotated
 
 import numpy as np
@@ -48,7 +47,7 @@ FEATURES = "features"
 NOTES = "effray"  # metadata key
 SUFFIXES = (".parquet", ".csv")
 BLOCK = 1 << 16  # rows converted at once
-BLOCK_BYTES = 64 << 20  # bytes of vectors converted at once
+BLOCK_BYTES = 64 << 20  # bytes converted at once
 LARGEST_ID = 2**63 - 1
 LABEL_KINDS = ("integer", "floating", "decimal", "boolean", "date", "string", "large_string")  # by Arrow's names
 EXACT = 2**53 - 1  # float64 rounds some larger integers
@@ -112,94 +111,144 @@ class _Notes(BaseModel):
 
 
 class RowTable:
-    """The rows of one parquet or CSV file, checked; the column ``id`` is by default the one that the file notes.
+    """The rows of one parquet or CSV file: labels and ids are in memory, numbers are read a row group at a time.
 
-    Rows to predict need no labels: with ``wanted``, the columns of training (if empty, all), other columns are ignored.
+    The column ``id`` is by default the one that the file notes. Rows to predict need no labels: with ``wanted``, the
+    columns of training (if empty, all), other columns are ignored.
     """
 
     def __init__(self, file: Place, label: str, id: str = "", *, wanted: Sequence[str] | None = None):
         self.file = file
         self.label = label
-        self._vectors = VectorColumns(file) if file.suffix == ".parquet" else None
-        self._widths = self._vectors.widths if self._vectors else {}
-        self._table = read_parquet(file, self._vectors.others) if self._vectors else _read_csv(file)
+        self._parquet = None
         notes = _Notes()
-        if self._vectors:
-            with noted(self._vectors.schema, NOTES, file) as metadata:
+        if file.suffix == ".parquet":
+            with reading(file):
+                self._parquet = pq.ParquetFile(open_input(file))
+            schema = self._parquet.schema_arrow
+            self._length: int = self._parquet.metadata.num_rows
+            check_distinct(schema.names, file)
+            with noted(schema, NOTES, file) as metadata:
                 notes = _Notes.model_validate_json(metadata)
+        else:
+            self._csv = _read_csv(file)
+            schema = self._csv.schema
+            self._length = self._csv.num_rows
         id = id or notes.id
-        if wanted is not None:
-            notes.classes = None
-            if label in self._table.column_names:
-                self._table = self._table.drop_columns(label)
-            self._table = self._table.append_column(label, pa.array(["unknown"] * self._table.num_rows))
-            id = id if id in self._table.column_names else ""
-        self._noted_classes = notes.classes
-        names = self._table.column_names
-        if label not in names:
-            raise unknown(f"label column of {str(file)!r}", label, names)
-        if id and id not in names:
-            raise unknown(f"id column of {str(file)!r}", id, names)
+        if wanted is not None and id not in schema.names:
+            id = ""
+        if wanted is None and label not in schema.names:
+            raise unknown(f"label column of {str(file)!r}", label, schema.names)
+        if id and id not in schema.names:
+            raise unknown(f"id column of {str(file)!r}", id, schema.names)
         others = [label, id] if id else [label]  # a feature column may have an empty name, too
-        self._numbers = [name for name in names if name not in others]
-        elements = [f"{name}[{i}]" for name, width in self._widths.items() for i in range(width)]
-        if wanted:
-            if lost := next((name for name in wanted if name not in (*self._numbers, *elements)), None):
-                raise unknown(f"column of {str(file)!r}", lost, [*self._numbers, *elements])
-            self._numbers = [name for name in self._numbers if name in wanted]
-        self.columns = (*self._numbers, *elements)  # a name for each number of a row
-        if not self._table.num_rows or not self.columns:
-            sizes = f"{self._table.num_rows} rows and {len(self.columns)} columns besides {label!r}"
+        fields = [field for field in schema if field.name not in others]
+        if not self._length or not fields:
+            sizes = f"{self._length} rows and {len(fields)} columns besides {label!r}"
             raise UserError(f"table {str(file)!r} has {sizes}, needed is one of each at least")
-        self._check_label(self._table[label])
+        self._elements: dict[str, list[str]] = {}  # a name for each number in a column; vectors come last
+        for field in sorted(fields, key=lambda field: pa.types.is_fixed_size_list(field.type)):
+            is_vector = pa.types.is_fixed_size_list(field.type)
+            size = field.type.list_size if is_vector else 0
+            self._elements[field.name] = [f"{field.name}[{i}]" for i in range(size)] if is_vector else [field.name]
+        if wanted:
+            known = [*chain(*self._elements.values())]
+            if lost := next((name for name in wanted if name not in known), None):
+                raise unknown(f"column of {str(file)!r}", lost, known)
+            self._elements = {name: each for name, each in self._elements.items() if not {*each}.isdisjoint(wanted)}
+        self.columns = tuple(chain(*self._elements.values()))  # a name for each number of a row
+        for name in self._elements:
+            kind = schema.field(name).type
+            is_vector = pa.types.is_fixed_size_list(kind)
+            number = kind.value_type if is_vector or pa.types.is_dictionary(kind) else kind
+            is_number = pa.types.is_floating(number) or (pa.types.is_integer(number) and not is_vector)
+            if not is_number or not self._elements[name]:
+                where = f"column {name!r} of {str(file)!r}"
+                raise UserError(f"{where} is {kind}, needed are numbers, or lists of floats of one size")
+
+        self._noted_classes = notes.classes if wanted is None else None
         self.ids: np.ndarray | None = None  # [n]
+        if wanted is not None:
+            self._labels = pa.chunked_array([["unknown"] * self._length])
+            return
+        table = read_parquet(file, others) if self._parquet else self._csv
+        self._labels = table[label]
+        self._check_label(self._labels)
         if id:
-            ids = self._table[id]
+            ids = table[id]
             self._refuse_where(ids.is_null(), id, "has no value")
             if not pa.types.is_integer(ids.type):
                 raise UserError(f"id column {id!r} of {str(file)!r} is {ids.type}, needed are integers")
             self.ids = ids.to_numpy()
             outside = pa.chunked_array([(self.ids < 0) | (self.ids > LARGEST_ID)])
             self._refuse_where(outside, id, "holds a number that is not from 0 to 2⁶³ − 1")
-        for name in self._numbers:
-            self._check_column(name, self._table[name])
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return self._length
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The classes noted in the file, else the sorted values of the label column."""
         if self._noted_classes:
             return self._noted_classes
-        values = pc.unique(self._table[self.label]).to_pylist()
-        return tuple(map(str, sorted(values)))
+        return tuple(map(str, sorted(pc.unique(self._labels).to_pylist())))
 
     def blocks(self, rows: np.ndarray, classes: tuple[str, ...]) -> Iterator[Block]:
         """Yield ascending rows in blocks, labels as numbers of their classes."""
-        size = BLOCK
-        if self._widths:
-            size = max(1, min(BLOCK, BLOCK_BYTES // (4 * sum(self._widths.values()))))
-        for chunk in np.split(rows, range(size, len(rows), size)):
-            block = self._table.take(chunk)
-            with np.errstate(over="ignore"):  # overflows to infinity, refused below
-                parts = [block[name].to_numpy().astype(np.float32)[:, None] for name in self._numbers]
-                if self._vectors and self._widths:
-                    vectors = self._vectors.take(chunk)
-                    parts += [vectors[name].astype(np.float32, copy=False) for name in self._widths]
-            x = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)  # [m, D]
-            broken = np.argwhere(~np.isfinite(x))
-            if len(broken):
-                first, column = broken[0]
-                row = int(chunk[first])
-                name = self.columns[column]
-                value = self._table[name][row].as_py() if name in self._numbers else x[first, column]
-                shown = "NaN" if math.isnan(value) else value
-                where = f"column {name!r} of {str(self.file)!r} holds {shown} in {self._place(row)}"
-                raise UserError(f"{where}, needed are finite numbers that float32 can hold")
-            labels = [str(value) for value in block[self.label].to_pylist()]
-            ids = None if self.ids is None else self.ids[chunk].astype(np.int64)
-            yield Block(x, class_numbers(labels, classes), sample=x, ids=ids)
+        size = max(1, min(BLOCK, BLOCK_BYTES // (4 * len(self.columns))))
+        for first, table in self._row_groups():
+            begin, end = np.searchsorted(rows, [first, first + len(table)])
+            if begin == end:
+                continue
+            columns = [self._numbers(name, table[name].combine_chunks(), first) for name in self._elements]
+            for chunk in np.split(rows[begin:end], range(size, end - begin, size)):
+                values = np.concatenate([column[chunk - first] for column in columns], axis=1)  # [m, D]
+                with np.errstate(over="ignore"):  # overflows to infinity, refused below
+                    x = values.astype(np.float32, copy=False)
+                if len(broken := np.argwhere(~np.isfinite(x))):
+                    row, column = broken[0]
+                    value = values[row, column]
+                    holds = f"holds {'NaN' if np.isnan(value) else value} in {self._place(int(chunk[row]))}"
+                    where = f"column {self.columns[column]!r} of {str(self.file)!r}"
+                    raise UserError(f"{where} {holds}, needed are finite numbers that float32 can hold")
+                labels = [str(value) for value in self._labels.take(chunk).to_pylist()]
+                ids = None if self.ids is None else self.ids[chunk].astype(np.int64)
+                yield Block(x, class_numbers(labels, classes), sample=x, ids=ids)
+
+    def _row_groups(self) -> Iterator[tuple[int, pa.Table]]:
+        """Yield the feature columns of each row group, after the number of its first row; CSV is a single group."""
+        if self._parquet is None:
+            yield 0, self._csv
+            return
+        first = 0
+        metadata = self._parquet.metadata
+        for group in range(metadata.num_row_groups):
+            with reading(self.file):
+                check_parquet(self.file, metadata, [group], self._elements)
+                table = self._parquet.read_row_group(group, columns=list(self._elements))
+                table.validate()
+            yield first, table
+            first += len(table)
+
+    def _numbers(self, name: str, column: pa.Array, first: int) -> np.ndarray:
+        """Return the numbers of a column in rows from ``first`` on, [m, 1] or, of vectors, [m, D]."""
+        where = f"column {name!r} of {str(self.file)!r}"
+        if pa.types.is_fixed_size_list(column.type):
+            numbers = column.flatten()
+            if column.null_count or numbers.null_count:
+                raise UserError(f"{where} has no value somewhere in rows {first} to {first + len(column) - 1}")
+            return numbers.to_numpy().reshape(len(column), -1)
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        self._refuse_where(column.is_null(), name, "has no value", first)
+        values = column.to_numpy()
+        if pa.types.is_integer(column.type) and column.type.bit_width > 16:
+            # float32 would round large integers, and different values, such as two identifiers, would become one.
+            lowest = values & -values  # the lowest set bit
+            odd = values // np.where(values == 0, 1, lowest)  # the part that the 24 bits of a float32 must hold
+            if len(rounded := values[np.abs(odd) > 1 << 24]):
+                raise UserError(f"{where} holds {rounded[0]}, which float32 rounds: leave it out or scale it")
+        return values[:, None]
 
     def _check_label(self, labels: pa.ChunkedArray) -> None:
         self._refuse_where(labels.is_null(), self.label, "has no value")
@@ -214,26 +263,10 @@ class RowTable:
         if pa.types.is_floating(kind):
             self._refuse_where(pc.invert(pc.is_finite(labels)), self.label, "holds NaN or infinity")
 
-    def _check_column(self, name: str, column: pa.ChunkedArray) -> None:
-        self._refuse_where(column.is_null(), name, "has no value")
-        integers = pa.types.is_integer(column.type)
-        if not integers and not pa.types.is_floating(column.type):
-            raise UserError(f"column {name!r} of {str(self.file)!r} is {column.type}, needed are numbers")
-        if not integers or column.type.bit_width <= 16:
-            return
-        # float32 would round large integers, and different values, such as two identifiers, would become one.
-        values = column.to_numpy()
-        lowest = values & -values  # the lowest set bit
-        odd = values // np.where(values == 0, 1, lowest)  # the part that the 24 bits of a float32 must hold
-        rounded = values[np.abs(odd) > 1 << 24]
-        if len(rounded):
-            where = f"column {name!r} of {str(self.file)!r}"
-            raise UserError(f"{where} holds {rounded[0]}, which float32 rounds: leave it out or scale it")
-
-    def _refuse_where(self, wrong: pa.ChunkedArray, name: str, problem: str) -> None:
+    def _refuse_where(self, wrong: pa.Array | pa.ChunkedArray, name: str, problem: str, first: int = 0) -> None:
         row = pc.index(wrong, True).as_py()
         if row >= 0:
-            raise UserError(f"column {name!r} of {str(self.file)!r} {problem} in {self._place(row)}")
+            raise UserError(f"column {name!r} of {str(self.file)!r} {problem} in {self._place(first + row)}")
 
     def _place(self, row: int) -> str:
         """Describe the position of a row: a row of parquet from 0, a line of CSV from 1, as editors count."""
@@ -260,56 +293,3 @@ def _read_csv(file: Place) -> pa.Table:
             if rounded := [text for text in whole if int(float(text)) != int(text)]:
                 raise UserError(f"column {name!r} of {str(file)!r} holds {rounded[0]}, which float64 rounds")
         return table
-
-
-class VectorColumns:
-    """The columns of vectors in a parquet file, read one row group at a time: together they may exceed memory."""
-
-    def __init__(self, file: Place):
-        self._place = file
-        with reading(file):
-            self._file = pq.ParquetFile(open_input(file))
-            self.schema = self._file.schema_arrow
-            groups = range(self._file.num_row_groups)
-            sizes = [self._file.metadata.row_group(group).num_rows for group in groups]
-        check_distinct(self.schema.names, file)
-        self.others: list[str] = []  # names of all other columns
-        self.widths: dict[str, int] = {}  # length of the vectors of each column, in the order of the file
-        for field in self.schema:
-            kind = field.type
-            if not pa.types.is_fixed_size_list(kind):
-                self.others.append(field.name)
-                continue
-            if not pa.types.is_floating(kind.value_type) or not kind.list_size:
-                where = f"column {field.name!r} of {str(file)!r}"
-                raise UserError(f"{where} is {kind}, needed are numbers, or lists of floats of one size")
-            self.widths[field.name] = kind.list_size
-        self._ends = np.cumsum(sizes, dtype=np.int64)
-        self._starts = np.concatenate([[0], self._ends[:-1]])
-        self._group = lru_cache(1)(self._read_group)  # the next rows may be in it too
-
-    def take(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the vectors of one or more ascending rows, float [m, D], by column."""
-        first, last = np.searchsorted(self._ends, [rows[0], rows[-1]], side="right")
-        pieces: dict[str, list[np.ndarray]] = {name: [] for name in self.widths}
-        for group in range(first, last + 1):
-            begin, end = np.searchsorted(rows, [self._starts[group], self._ends[group]])
-            local = rows[begin:end] - self._starts[group]
-            for name, vectors in self._group(group).items():
-                pieces[name].append(vectors[local])
-        return {name: np.concatenate(parts) for name, parts in pieces.items()}
-
-    def _read_group(self, group: int) -> dict[str, np.ndarray]:
-        with reading(self._place):
-            check_parquet(self._place, self._file.metadata, [group], self.widths)
-            table = self._file.read_row_group(group, columns=list(self.widths))
-            table.validate()
-        vectors = {}
-        for name, width in self.widths.items():
-            column = table[name].combine_chunks()
-            values = column.flatten()
-            if column.null_count or values.null_count:
-                where = f"rows {self._starts[group]} to {self._ends[group] - 1}"
-                raise UserError(f"column {name!r} of {str(self._place)!r} has no value somewhere in {where}")
-            vectors[name] = values.to_numpy().reshape(-1, width)
-        return vectors

@@ -10,7 +10,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from itertools import chain
 from typing import Annotated, NamedTuple, Protocol
 
@@ -82,9 +82,6 @@ class Surveyed(NamedTuple):
     shape: Shape  # (C, H, W), C = 1 if all of these images are grey
 
 
-Survey = Callable[[int], Iterator[Surveyed]]  # from an image on
-
-
 class ColourAfterGrey(Exception):
     """An image has colour, and all before it were grey."""
 
@@ -109,46 +106,36 @@ def open_images(
         source = examples(split)
         if not source.length:
             raise UserError(f"the {split} split holds no images")
-        shape, survey = _begin(source, size, target)
-        sizes = (size for _, size, _ in map(identity_of, files[split]))
-        write = partial(_write, target, source, sum(sizes))
-        if split != "train":
-            # The train split determines channels and class names.
+        interrupted = begun_header(target)
+        rest = surveyed(source, size)
+        first = [] if interrupted else [next(rest)]
+        shape = interrupted.shape if interrupted else first[0].shape
+        if split == "train":
+            classes = source.classes
+        else:  # the train split determines channels and class names
             train = open_images("train", store, examples, files, size)
             if shape[1:] != train.shape[1:]:
                 ours, theirs = (_sides(each[1:]) for each in (shape, train.shape))
                 raise UserError(f"{split} images are {ours}, train images {theirs}: {SET_SIZE}")
-            write(survey, train.shape, train.classes)
-            return
+            shape, classes = train.shape, train.classes
 
-        def with_channels(start: int) -> Iterator[Surveyed]:
-            for batch in survey(start):
-                if batch.shape[0] > shape[0]:
+        def survey(start: int) -> Iterator[Surveyed]:
+            # An import that another process has begun meanwhile starts later.
+            is_whole = first and not start
+            for batch in chain(first, rest) if is_whole else surveyed(source, size, start, shape[1:]):
+                if split == "train" and batch.shape[0] > shape[0]:
                     raise ColourAfterGrey
                 yield batch
 
+        encoded = sum(size for _, size, _ in map(identity_of, files[split]))
         try:
-            write(with_channels, shape, source.classes)
+            _write(target, source, encoded, survey, shape, classes)
         except ColourAfterGrey:
-            write(partial(surveyed, source, size, sides=shape[1:]), (3, *shape[1:]), source.classes)
+            first, shape = [], (3, *shape[1:])
+            _write(target, source, encoded, survey, shape, classes)
 
     opened = cached(store(split), build, files[split])
     return opened.as_split(_decoded if opened.header.kind == "encoded" else None)
-
-
-def _begin(source: Examples, size: int, target: Target) -> tuple[Shape, Survey]:
-    """Return the shape of the first images, or that of an interrupted import, and the survey of all images."""
-    if interrupted := begun_header(target):
-        return interrupted.shape, partial(surveyed, source, size, sides=interrupted.shape[1:])
-    rest = surveyed(source, size)
-    first = next(rest)
-
-    def survey(start: int) -> Iterator[Surveyed]:
-        if start:  # another process has written the first parts meanwhile
-            return surveyed(source, size, start, first.shape[1:])
-        return chain([first], rest)
-
-    return first.shape, survey
 
 
 def surveyed(source: Examples, size: int, start: int = 0, sides: Shape = ()) -> Iterator[Surveyed]:
@@ -159,20 +146,24 @@ def surveyed(source: Examples, size: int, start: int = 0, sides: Shape = ()) -> 
     for images, y in source.batches(start):
         channels = 1
         for i, data in enumerate(images):
-            header = read_header(data, source.name, start + i)
-            own = (size, size) if size else (header.height, header.width)
+            height, width, is_grey = read_header(data, source.name, start + i)
+            own = (size, size) if size else (height, width)
             sides = sides or own
             if own != sides:
                 raise UserError(f"images of several sizes, such as {_sides(sides)} and {_sides(own)}: {SET_SIZE}")
-            if not header.grey:
-                channels = 3
+            channels = channels if is_grey else 3
         if images:
             yield Surveyed(start, images, y, (channels, *sides))
         start += len(images)
 
 
 def _write(
-    target: Target, source: Examples, encoded: int, survey: Survey, shape: Shape, classes: tuple[str, ...]
+    target: Target,
+    source: Examples,
+    encoded: int,
+    survey: Callable[[int], Iterator[Surveyed]],
+    shape: Shape,
+    classes: tuple[str, ...],
 ) -> None:
     """Write a store of pixels, or of ``encoded`` bytes of images."""
     pixels = math.prod(shape)  # bytes of an image
