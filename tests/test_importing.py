@@ -21,8 +21,8 @@ from raypkg.core.address import opened
 from raypkg.core.errors import UserError
 from raypkg.data import load_data
 from raypkg.data.sources import classics, image_folder, libsvm, parquet, table, text
-from raypkg.data.store import images, parts
-from raypkg.data.store.parts import DIGEST, Stream
+from raypkg.data.store import images, streamed
+from raypkg.data.store.streamed import DIGEST, Stream
 from test_object_sources import same
 
 N = 120
@@ -33,8 +33,8 @@ FILE = 20  # images of a parquet file, which are read as 8, 8 and 4
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """A store has several parts, each several blocks; one of four encoded images contributes to the statistics."""
-    monkeypatch.setattr(parts, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(parts, "PART_BYTES", 2000)
+    monkeypatch.setattr(streamed, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(streamed, "PART_BYTES", 2000)
     monkeypatch.setattr(images, "SAMPLED", 40)
     for module in (image_folder, parquet):
         monkeypatch.setattr(module, "READ_AT_ONCE", 8)
@@ -139,9 +139,9 @@ def allowing(monkeypatch):
                     kill()
                 yield batch
 
-        monkeypatch.setattr(parts, "record_batches", counted)
+        monkeypatch.setattr(streamed, "record_batches", counted)
 
-    original = parts.record_batches
+    original = streamed.record_batches
     yield allow
 
 
@@ -191,7 +191,7 @@ def test_a_kill_between_the_last_part_and_the_index(local, tmp_path, undisturbed
     source = pictures(tmp_path / "data")
     _, files = undisturbed(source)
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "write_columns", lambda *_: kill())
+        patch.setattr(streamed, "write_columns", lambda *_: kill())
         with pytest.raises(Killed):
             load_data(source, cache=local)
     assert "index" not in endings(local)
@@ -245,14 +245,14 @@ def test_colour_after_grey(local, tmp_path, undisturbed, allowing, kind, blocks)
 def test_two_concurrent_imports(source, stream, undisturbed, monkeypatch):
     whole, files = undisturbed(source)
     in_step = threading.Barrier(2, timeout=15)
-    write = parts.write_note
+    write = streamed.write_note
 
     def together(*arguments):
         in_step.wait()
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "write_note", together)
+        patch.setattr(streamed, "write_note", together)
         with ThreadPoolExecutor(2) as pool:
             loaded = [pool.submit(load_data, source, cache=stream) for _ in range(2)]
             failed = [each.exception() for each in loaded]
@@ -267,7 +267,7 @@ def waiting(monkeypatch):
     """Pause imports in threads of this name after their fourth block, until an event."""
     reached, event = threading.Event(), threading.Event()
     written = []
-    record_batches = parts.record_batches
+    record_batches = streamed.record_batches
 
     def counted(*arguments):
         for batch in record_batches(*arguments):
@@ -278,7 +278,7 @@ def waiting(monkeypatch):
                     assert event.wait(60)
             yield batch
 
-    monkeypatch.setattr(parts, "record_batches", counted)
+    monkeypatch.setattr(streamed, "record_batches", counted)
     return reached, event, written
 
 
@@ -318,7 +318,7 @@ def change(folder):
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_source_that_changes_leaves_nothing(local, tmp_path, monkeypatch, lost):
     source = pictures(tmp_path / "data")
-    write = parts.write_note
+    write = streamed.write_note
     notes = []
 
     def changing(*arguments):
@@ -329,7 +329,7 @@ def test_a_source_that_changes_leaves_nothing(local, tmp_path, monkeypatch, lost
             if lost:
                 raise UserError("no such row")
 
-    monkeypatch.setattr(parts, "write_note", changing)
+    monkeypatch.setattr(streamed, "write_note", changing)
     with pytest.raises(UserError, match="changed while it was imported"):
         load_data(source, cache=local)
     assert len(notes) >= 2 and not contents(local)
@@ -389,7 +389,7 @@ def test_an_import_resumes_from_intact_parts(local, tmp_path, undisturbed, allow
 
 
 def test_an_image_of_another_size_after_stored_parts(local, tmp_path, monkeypatch, kind, caplog):
-    monkeypatch.setattr(parts, "PART_BYTES", 1)
+    monkeypatch.setattr(streamed, "PART_BYTES", 1)
     source = pictures(tmp_path / "data")
     others = [samples.encode(image) for image in samples.pixels(FILE, 8, 8)]
     samples.write_parquet(tmp_path / "data" / "train-100.parquet", others, LABELS[100:])
@@ -405,7 +405,7 @@ def test_parts_that_another_process_wrote_meanwhile_stay(local, tmp_path, undist
     killed_import(source, local, allowing, 8)
     theirs = {name: number for name, number in inodes(local).items() if name.endswith(".blocks")}
     monkeypatch.setattr(images, "begun_header", lambda target: None)
-    monkeypatch.setattr(parts, "_notes", lambda *arguments: [])
+    monkeypatch.setattr(streamed, "_notes", lambda *arguments: [])
     load_data(source, cache=local)
     assert contents(local) == files
     assert theirs and theirs.items() <= inodes(local).items()  # its readers go on
@@ -417,7 +417,7 @@ def test_parts_of_two_versions_are_not_mixed(local, tmp_path, undisturbed, allow
     whole, _ = undisturbed(source)
     other = local._replace(address=f"{tmp_path}/theirs")
     for stream, size in ((local, 2000), (other, theirs)):
-        monkeypatch.setattr(parts, "PART_BYTES", size)
+        monkeypatch.setattr(streamed, "PART_BYTES", size)
         killed_import(source, stream, allowing, 11)
     shutil.copytree(other.address, local.address, dirs_exist_ok=True)
     again = load_data(source, cache=local).train

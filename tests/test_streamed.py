@@ -23,9 +23,8 @@ from raypkg.data import load_data
 from raypkg.data.coreset import Coreset
 from raypkg.data.opening import open_data
 from raypkg.data.split import at_hand, shuffled_by_blocks
-from raypkg.data.store import images, parts, streamed
-from raypkg.data.store.parts import Stream
-from raypkg.data.store.streamed import HeldBlocks
+from raypkg.data.store import images, streamed
+from raypkg.data.store.streamed import HeldBlocks, Stream
 from raypkg.engine.batches import Batches
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
@@ -38,7 +37,7 @@ N = 120
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(parts, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(streamed, "BLOCK_BYTES", 1000)
 
 
 @pytest.fixture(params=["pixels", "encoded"])
@@ -86,7 +85,7 @@ def test_a_bucket_holds_it_and_no_machine_does(source, bucket, tmp_path):
 
 
 def test_samples_larger_than_a_block_are_not_divided(source, stream, monkeypatch):
-    monkeypatch.setattr(parts, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(streamed, "BLOCK_BYTES", 1)
     split = load_data(source, cache=stream).train
     assert split.blocks.of.tolist() == list(range(N))
 

@@ -34,7 +34,7 @@ def open_data(chosen: Dataset, seed: int | None = None) -> Data:
     stream = None
     if chosen.streamed:
         from .store.cache import cache_folder  # with the store, which data sets in memory do not need
-        from .store.parts import Stream
+        from .store.streamed import Stream
 
         stream = Stream(chosen.streamed, chosen.window, cache_folder())
     data = load_data(chosen.name, chosen.options, cache=stream)

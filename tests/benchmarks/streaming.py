@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from raypkg.cli import main as effray
-from raypkg.data.store import parts
+from raypkg.data.store import streamed
 
 WINDOWS = (4, 16, 64, 256, 100_000)  # blocks; the last is all of them
 RUN = "train --model mlp --train.epochs 2 --train.lr 0.02 --train.precision float32 --cluster.workers 0"
@@ -23,7 +23,7 @@ RUN = "train --model mlp --train.epochs 2 --train.lr 0.02 --train.precision floa
 def main() -> None:
     """Train from every order, window and seed, and print a table."""
     chosen = arguments()
-    parts.BLOCK_BYTES = 64 << 10
+    streamed.BLOCK_BYTES = 64 << 10
     print("| blocks in the window | " + " | ".join(("as published", "sorted by class")) + " |")
     print("|---|---|---|")
     folders = [arranged(chosen, sort) for sort in (False, True)]

@@ -11,7 +11,7 @@ from raypkg.core.errors import UserError
 from raypkg.data.augment import default_augment
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header
-from raypkg.data.store.cache import Cache, Target, cache_folder, cached, fingerprint, store_path, write_store
+from raypkg.data.store.cache import Cache, cache_folder, stored
 
 from . import dataset
 
@@ -47,10 +47,8 @@ def _from_torchvision(kind: str, root: str, split: str, cache: Cache) -> Split:
     folder = Path(root) if root else cache_folder(cache) / "torchvision"
     if is_uri(root) or "\0" in root:
         raise UserError(f"{kind} is read from a local folder, not from {root!r}")
-    # The files are not part of the key: they never change, and may be gone once the store is built.
-    key = fingerprint([], root=str(folder.resolve()))
 
-    def build(target: Target) -> None:
+    def build() -> tuple[Header, Iterator[Block]]:
         from torchvision import datasets
 
         raw = folder / kind / "raw"  # created by torchvision before it downloads
@@ -78,6 +76,7 @@ def _from_torchvision(kind: str, root: str, split: str, cache: Cache) -> Split:
                 block = slice(start, start + BLOCK)
                 yield Block(pixels[block], y[block], sample=pixels[block])
 
-        write_store(target, Header("pixels", shape, tuple(source.classes), default_augment(shape)), blocks())
+        return Header("pixels", shape, tuple(source.classes), default_augment(shape)), blocks()
 
-    return cached(store_path(cache, kind.lower(), key, split), build).as_split()
+    # The files do not identify the store: they never change, and may be gone once it is built.
+    return stored(cache, kind.lower(), split, [], build, root=str(folder.resolve())).as_split()

@@ -15,7 +15,7 @@ from raypkg.core.memory import check_read, check_samples, read_limit
 from raypkg.data.files import Place, class_numbers, open_input, place_of, reading, row_files, split_rows
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, Stored
-from raypkg.data.store.cache import Cache, Target, cached, fingerprint, store_path, write_store
+from raypkg.data.store.cache import Cache, stored
 
 from . import dataset
 
@@ -54,10 +54,8 @@ def load(
     """
     place = place_of(root)
     files = row_files(place, SUFFIXES)
-    key = fingerprint(files.values(), columns=columns, test=test)
-    target = store_path(cache, place.resolve().name.partition(".")[0], key, split)
 
-    def build(unfinished: Target) -> None:
+    def build() -> tuple[Header, Iterator[Block]]:
         # Both files determine the width, so both are read for either split.
         tables = {file: read(file) for file in set(files.values())}
         every_row = [row for _, rows in tables.values() for row in rows]
@@ -77,9 +75,10 @@ def load(
             for chunk in np.split(chosen, range(BLOCK, len(chosen), BLOCK)):
                 yield Block([rows[i].tobytes() for i in chunk], y[chunk], unused)
 
-        write_store(unfinished, Header("encoded", (columns or width,), classes), blocks())
+        return Header("encoded", (columns or width,), classes), blocks()
 
-    store = cached(target, build, set(files.values()))
+    name = place.resolve().name.partition(".")[0]
+    store = stored(cache, name, split, files.values(), build, columns=columns, test=test)
     (width,) = store.header.shape
     what = f"dense rows of {width:,} columns in {root!r}"
     check_samples(what, width * DENSE.itemsize, "number the columns that occur from 1")

@@ -37,7 +37,7 @@ from raypkg.data.files import (
 )
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header
-from raypkg.data.store.cache import Cache, Target, cached, fingerprint, store_path, write_store
+from raypkg.data.store.cache import Cache, stored
 
 from . import dataset
 
@@ -78,10 +78,8 @@ def load(
     """
     place = place_of(root)
     files = row_files(place, SUFFIXES)
-    key = fingerprint(files.values(), label=label, id=id, test=test)
-    target = store_path(cache, place.resolve().stem, key, split)
 
-    def build(unfinished: Target) -> None:
+    def build() -> tuple[Header, Iterator[Block]]:
         train = RowTable(files["train"], label, id)
         table = train if split == "train" else RowTable(files[split], label, id)
         if table.columns != train.columns:
@@ -89,9 +87,10 @@ def load(
         rows = split_rows(files, split, len(table), test, table.ids)
         has_ids = table.ids is not None
         header = Header("rows", (len(train.columns),), train.classes, columns=train.columns, has_ids=has_ids)
-        write_store(unfinished, header, table.blocks(rows, train.classes))
+        return header, table.blocks(rows, train.classes)
 
-    return cached(target, build, set(files.values())).as_split()
+    found = stored(cache, place.resolve().stem, split, files.values(), build, label=label, id=id, test=test)
+    return found.as_split()
 
 
 def features_schema(width: int, classes: Sequence[str]) -> pa.Schema:

@@ -36,7 +36,7 @@ from raypkg.data.files import (
 )
 from raypkg.data.split import Split, check_labels
 from raypkg.data.store.arrow import Block, Header, Stored
-from raypkg.data.store.cache import Cache, Target, cached, fingerprint, store_path, write_store
+from raypkg.data.store.cache import Cache, stored
 from raypkg.data.tokenizer import STORED, Text, encode, padded, tokenizer_at, tokenizer_files, trained, vocabulary_of
 
 from . import dataset
@@ -132,10 +132,8 @@ def tokenised(
     else:
         files = {name: split_files(place, name, "text", SUFFIXES) for name in PREFIXES}
     sources = [*files["train"], *files["test"], *tokenizer_files(tokenizer)]
-    digest = fingerprint(sources, tokenizer=tokenizer, length=length, test=test, **key)
-    target = store_path(cache, place.resolve().stem, digest, split)
 
-    def build(unfinished: Target) -> None:
+    def build() -> tuple[Header, Iterator[Block]]:
         tables = {name: read(files[name]) for name in PREFIXES}
         train, table = tables["train"], tables[split]
         first = {name: each[0] for name, each in files.items()}
@@ -144,22 +142,23 @@ def tokenised(
         table.check_like(train)
         tokens = encoder(train, train_rows)
         header = Header("encoded", (length, tokens.vocabulary), train.classes, tokenizer=tokens.own)
-        cut = 0
 
         def blocks() -> Iterator[Block]:
-            nonlocal cut
+            cut = 0
             unused = np.zeros((1, 1))  # instead of a sample for the statistics
             for chunk in np.split(rows, range(BLOCK, len(rows), BLOCK)):
                 encoded, longer = tokens.encode(table, chunk)
                 cut += longer
                 yield Block([each.tobytes() for each in encoded], table.y(chunk, train), unused)
+            if cut:
+                share = f"{cut} of {len(rows)} {split} texts"
+                log.warning("%s: %s are cut at %d tokens (option length)", root, share, length)
 
-        write_store(unfinished, header, blocks())
-        if cut:
-            share = f"{cut} of {len(rows)} {split} texts"
-            log.warning("%s: %s are cut at %d tokens (option length)", root, share, length)
+        return header, blocks()
 
-    return replace(cached(target, build, sources).as_split(_tokens), mean=(), std=())
+    options = {**key, "tokenizer": tokenizer, "length": length, "test": test}
+    found = stored(cache, place.resolve().stem, split, sources, build, **options)
+    return replace(found.as_split(_tokens), mean=(), std=())
 
 
 def _tokens(store: Stored, indices: np.ndarray) -> np.ndarray:

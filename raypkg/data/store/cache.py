@@ -17,8 +17,7 @@ from raypkg.data.files import Place, identity_of, relisted
 
 from . import arrow
 from .arrow import FORMAT, Block, Header, Store, Stored
-from .parts import DAMAGE, From, Stream, published, tidy, write_streamed
-from .streamed import Streamed
+from .streamed import DAMAGE, INDEX, From, Stream, Streamed, named_at_end, tidy, write_streamed
 
 Cache = Path | Stream | None  # location of all stores: a folder of this machine (default: the user's), or a Stream
 Target = Path | Stream  # location of one store
@@ -70,25 +69,58 @@ def cached(target: Target, build: Callable[[Target], None], files: Collection[Pl
     """
     if store := _opened(target):  # without the lock: a finished cache may be on a read-only disk
         return store
-    if isinstance(target, Stream):
-        return _built_stream(target, build, files)
-    path = target
+    if isinstance(target, Path):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
+                if store := _opened(target, report=True):
+                    return store
+                unfinished = target.with_suffix(".tmp")  # one name suffices: the lock is held
+                try:
+                    with _unchanged(files):
+                        build(unfinished)
+                    os.replace(unfinished, target)
+                finally:
+                    unfinished.unlink(missing_ok=True)
+                return Store(target)
+        except OSError as error:
+            raise UserError(f"cannot build the data cache {str(target)!r} on {node()}: {error}") from error
+
+    failure: OSError | str = "its files have just been deleted"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
-            if store := _opened(path, report=True):
-                return store
-            unfinished = path.with_suffix(".tmp")  # one name suffices: the lock is held
-            try:
-                with _unchanged(files):
-                    build(unfinished)
-                os.replace(unfinished, path)
-            finally:
-                unfinished.unlink(missing_ok=True)
-            return Store(path)
-    except OSError as error:
-        raise UserError(f"cannot build the data cache {str(path)!r} on {node()}: {error}") from error
+        # The index gets its name at the end, which makes the store valid; on an error, its parts are kept.
+        with named_at_end(target, lambda: INDEX) as index, _unchanged(files):
+            build(target._replace(index_file=index))
+    except SourceChanged:
+        tidy(target)  # its parts may hold either state of the source
+        raise
+    except OSError as error:  # perhaps only because another process has finished the store
+        failure = error
+    if not (store := _opened(target)):
+        raise UserError(f"cannot build the store {str(target)!r}: {failure}")
+    tidy(target)  # notes, and leftovers of writers that were killed or late
+    return store
+
+
+def stored(
+    cache: Cache,
+    name: str,
+    split: str,
+    files: Collection[Place],
+    build: Callable[[], tuple[Header, Iterable[Block]]],
+    **options: object,
+) -> Stored:
+    """Open the store of a split, or build it from samples that can only be read from their beginning.
+
+    The source's name is for people; its ``files`` and the ``options`` that decide its samples identify the store.
+    """
+
+    def write(target: Target) -> None:
+        header, blocks = build()
+        write_store(target, header, lambda start: beginning_at(start, blocks, lambda block: len(block.y)))
+
+    return cached(store_path(cache, name, fingerprint(files, **options), split), write, files)
 
 
 def _opened(target: Target, report: bool = False) -> Stored | None:
@@ -104,22 +136,6 @@ def _opened(target: Target, report: bool = False) -> Stored | None:
             what = "store" if is_streamed else "data cache"
             log.warning("the %s %s is damaged and is built again: %s", what, target, error)
         return None
-
-
-def _built_stream(stream: Stream, build: Callable[[Target], None], files: Collection[Place]) -> Stored:
-    failure: OSError | str = "its files have just been deleted"
-    try:
-        with published(stream) as unfinished, _unchanged(files):
-            build(unfinished)
-    except SourceChanged:
-        tidy(stream)  # its parts may hold either state of the source
-        raise
-    except OSError as error:  # perhaps only because another process has finished the store
-        failure = error
-    if not (store := _opened(stream)):
-        raise UserError(f"cannot build the store {str(stream)!r}: {failure}")
-    tidy(stream)  # notes, and leftovers of writers that were killed or late
-    return store
 
 
 @contextmanager
@@ -145,12 +161,7 @@ def _unchanged(files: Collection[Place]) -> Iterator[None]:
         raise found
 
 
-def write_store(target: Target, header: Header, blocks: Iterable[Block]) -> None:
-    """Write a store of samples that can only be read from their beginning."""
-    write_store_from(target, header, lambda start: beginning_at(start, blocks, lambda block: len(block.y)))
-
-
-def write_store_from(target: Target, header: Header, blocks: From, size: int = 0) -> None:
+def write_store(target: Target, header: Header, blocks: From, size: int = 0) -> None:
     """Write a store of ``size`` bytes, if known; ``blocks(start)`` yields the samples from ``start`` on."""
     if isinstance(target, Stream):
         write_streamed(target, header, blocks)

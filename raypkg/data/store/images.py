@@ -27,8 +27,8 @@ from raypkg.data.files import Place, fetched, identity_of
 from raypkg.data.split import Split, check_labels
 
 from .arrow import Block, Header, Stored
-from .cache import Target, cached, write_store_from
-from .parts import begun_header
+from .cache import Target, cached, write_store
+from .streamed import begun_header
 
 DECODED_BYTES = (2 << 30) - 1  # also Arrow's limit for one sample
 SAMPLED = 4096  # images of an encoded store that contribute to its statistics, approximately
@@ -182,7 +182,7 @@ def _write(
         return fetched(block, survey(first), threads=1)  # the next block is decoded while one is written
 
     header = Header("pixels" if is_decoded else "encoded", shape, classes, default_augment(shape))
-    write_store_from(target, header, blocks, source.length * pixels if is_decoded else encoded)
+    write_store(target, header, blocks, source.length * pixels if is_decoded else encoded)
 
 
 def _decoded(store: Stored, indices: np.ndarray) -> np.ndarray:
