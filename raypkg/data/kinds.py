@@ -17,6 +17,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 
 Shape = tuple[int, ...]
+Floats = Sequence[float]
 Empty = Callable[..., Tensor]  # torch.empty, or another source of memory for a batch
 PADDING = -1  # follows the last token of a text that is shorter than others of its batch
 AT_ONCE = 1 << 19  # numbers converted at once on a CPU: the bytes as numbers stay in the cache
@@ -34,9 +35,7 @@ class Kind(ABC):
         return torch.from_numpy(stored)
 
     @abstractmethod
-    def inputs(
-        self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, empty: Empty = torch.empty
-    ) -> Tensor:
+    def inputs(self, x: Tensor, mean: Floats, std: Floats, dtype: torch.dtype, empty: Empty = torch.empty) -> Tensor:
         """Convert stored samples to the input of a model."""
 
     @abstractmethod
@@ -61,9 +60,7 @@ class _Images(Kind):
     def tensor(self, stored: np.ndarray) -> Tensor:
         return torch.from_numpy(stored).permute(0, 3, 1, 2)
 
-    def inputs(
-        self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, empty: Empty = torch.empty
-    ) -> Tensor:
+    def inputs(self, x: Tensor, mean: Floats, std: Floats, dtype: torch.dtype, empty: Empty = torch.empty) -> Tensor:
         # (x/255 − mean)/std per channel
         shift, scale = _normalisation(tuple(mean), tuple(std), x.device, dtype)
         b, c, height, width = x.shape
@@ -90,9 +87,7 @@ class _Rows(Kind):
     form = "float [b, D]"
     raw = "lists of numbers"
 
-    def inputs(
-        self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, empty: Empty = torch.empty
-    ) -> Tensor:
+    def inputs(self, x: Tensor, mean: Floats, std: Floats, dtype: torch.dtype, empty: Empty = torch.empty) -> Tensor:
         # (x − mean)/std per column
         shift, scale = _normalisation(tuple(mean), tuple(std), x.device, dtype)
         if x.requires_grad:  # out= has no gradient
@@ -116,9 +111,7 @@ class _Texts(Kind):
     form = "int64 [b, 2, l]"
     raw = "texts or pairs of them"
 
-    def inputs(
-        self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, empty: Empty = torch.empty
-    ) -> Tensor:
+    def inputs(self, x: Tensor, mean: Floats, std: Floats, dtype: torch.dtype, empty: Empty = torch.empty) -> Tensor:
         return x
 
     def fits(self, x: Tensor, shape: Shape) -> bool:

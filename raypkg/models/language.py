@@ -6,8 +6,7 @@ Samples are those of the source ``instructions``: the tokens in segment 1 are an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -101,16 +100,9 @@ def with_adapters(network: PreTrainedModel, rank: int, alpha: float, dropout: fl
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=[*targets], task_type="CAUSAL_LM"
     )
-    with _silent():
-        return peft.get_peft_model(network, config)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Ignore warnings: names that transformers 5.0 has alone are deprecated in later versions."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # names that transformers 5.0 has alone are deprecated in later versions
         warnings.simplefilter("ignore")
-        yield
+        return peft.get_peft_model(network, config)
 
 
 class LanguageModel(nn.Module):

@@ -2,4 +2,4 @@
 
 from raypkg.core.registry import Registry
 
-dataset = Registry("dataset", "raypkg.data.sources", given=("split", "cache"))
+dataset = Registry("dataset", "raypkg.data.sources", given=("split", "cache", "registered"))

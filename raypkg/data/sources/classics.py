@@ -15,35 +15,20 @@ from raypkg.data.store.cache import Cache, cache_folder, stored
 
 from . import dataset
 
+NAMES = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST")  # as torchvision spells them
 BLOCK = 4096  # images
 
 
 @dataset("cifar10", source="Krizhevsky 2009")
-def cifar10(root: str, *, split: str, cache: Cache) -> Split:
-    """CIFAR-10: 50,000 and 10,000 colour images 32×32 of 10 classes."""
-    return _from_torchvision("CIFAR10", root, split, cache)
-
-
 @dataset("cifar100", source="Krizhevsky 2009")
-def cifar100(root: str, *, split: str, cache: Cache) -> Split:
-    """CIFAR-100: 50,000 and 10,000 colour images 32×32 of 100 classes."""
-    return _from_torchvision("CIFAR100", root, split, cache)
-
-
 @dataset("mnist", source="LeCun et al. 1998")
-def mnist(root: str, *, split: str, cache: Cache) -> Split:
-    """MNIST: 60,000 and 10,000 grey images 28×28 of handwritten digits."""
-    return _from_torchvision("MNIST", root, split, cache)
-
-
 @dataset("fashionmnist", source="arXiv:1708.07747")
-def fashionmnist(root: str, *, split: str, cache: Cache) -> Split:
-    """Fashion-MNIST: 60,000 and 10,000 grey images 28×28 of clothes."""
-    return _from_torchvision("FashionMNIST", root, split, cache)
+def load(root: str, *, split: str, cache: Cache, registered: str) -> Split:
+    """CIFAR of 60,000 colour images 32×32 in 10 or 100 classes; MNIST and Fashion-MNIST of 70,000 grey ones 28×28.
 
-
-def _from_torchvision(kind: str, root: str, split: str, cache: Cache) -> Split:
-    """Open the store of a split; original files are read from, or downloaded to, ``root`` or the cache."""
+    The original files are read from, or downloaded to, PATH or the cache; 10,000 images are the test split.
+    """
+    kind = next(name for name in NAMES if name.lower() == registered)
     folder = Path(root) if root else cache_folder(cache) / "torchvision"
     if is_uri(root) or "\0" in root:
         raise UserError(f"{kind} is read from a local folder, not from {root!r}")
@@ -79,4 +64,4 @@ def _from_torchvision(kind: str, root: str, split: str, cache: Cache) -> Split:
         return Header("pixels", shape, tuple(source.classes), default_augment(shape)), blocks()
 
     # The files do not identify the store: they never change, and may be gone once it is built.
-    return stored(cache, kind.lower(), split, [], build, root=str(folder.resolve())).as_split()
+    return stored(cache, registered, split, [], build, root=str(folder.resolve())).as_split()
