@@ -171,14 +171,13 @@ class Switch:
     rate: float | None = None  # learning rate at the latest judgement; None before the first
     epoch: int = 0  # of the latest judgement
 
-    def judge(self, left: float, line: float, *, rate: float, epoch: int) -> None:
-        """Switch on if the share of variance left is below the line, 1/q; otherwise switch off."""
-        self.on = self.always or left < line
-        self.rate = rate
-        self.epoch = epoch
+    def decide(self, left: float | None, line: float, *, rate: float, epoch: int) -> None:
+        """Decide at a new snapshot: correct if the share of variance left, as far as known, is below the line, 1/q.
 
-    def begin(self, *, rate: float, epoch: int) -> None:
-        """Decide at a new snapshot: look at first, after ``every`` epochs, or if the learning rate has halved."""
+        Otherwise look at first, after ``every`` epochs, or if the learning rate has halved.
+        """
+        if left is not None:
+            self.on, self.rate, self.epoch = left < line, rate, epoch
         self.on = self.on or self.always
         due = self.rate is None or epoch - self.epoch >= self.every or rate <= FALLEN * self.rate
         self.looks = not self.on and due

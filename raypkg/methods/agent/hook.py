@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from raypkg.engine.run import Hook, Results, Run, hook
 from raypkg.engine.worker import Cost, memory_bound
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.training import Job
+from raypkg.runs.plots import BLUE, GREY, VERMILLION, Rows, column, page
 
-from . import plots
 from .control_variate import Switch, steps_of_look
 from .correction import GradientCorrection, mean_over_ranks
 from .settings import AgentOptions
@@ -64,8 +65,7 @@ class Correction(Hook):
     def on_start(self, run: Run) -> None:
         """Copy the model for the snapshot."""
 
-        def frozen_loss(model: nn.Module, numbered: tuple[int, Batch]) -> Tensor:
-            """Return the loss of a batch for ĉ; both models have the same draws."""
+        def frozen_loss(model: nn.Module, numbered: tuple[int, Batch]) -> Tensor:  # for ĉ, with equal draws of both
             number, batch = numbered
             run.bill(FULL_GRADIENT).forward += len(batch.y)
             with seeded(run.seed, "coefficient", run.step, number, run.worker.rank):
@@ -83,10 +83,39 @@ class Correction(Hook):
             self.draws = RepeatedDraws(run.model, run.worker.device)
 
     def on_epoch(self, run: Run) -> None:
-        """Begin at a new snapshot."""
+        """Judge the variance left since the last snapshot, take a new one, and compute g̃ if steps are corrected."""
+        weight = self.agent.weight
         self.agent.before = None
-        with run.bill(FULL_GRADIENT):
-            self._begin(run)
+        with run.bill(FULL_GRADIENT) as bill:
+            # Rank 0 decides for all workers: other processors may round differently.
+            left = run.worker.first(self.agent.variance_left)
+            self.left = self.left if left is None else left
+            self.switch.decide(left, self.line, rate=run.optimizer.param_groups[0]["lr"], epoch=run.epoch)
+            self.agent.take(run.epoch / run.settings.epochs)
+            self.taken, self.kept = run.step, {}
+            weight.load_state_dict(run.worker.first(weight.state_dict()), run.worker.device)
+
+            # Steps take the gradients that g̃ is the mean of if they see the same batches, with the same draws, and
+            # memory suffices. A corrected step computes q gradients: its own, its part of g̃, and the snapshot's
+            # unless kept.
+            steps, device = run.settings.steps_per_epoch(len(run.coreset)), run.worker.device
+            size = steps * sum(parameter.nbytes for parameter in self.agent.parameters)
+            bound = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else memory_bound(None)
+            keeps = size <= bound and not self.draws and not any(hook.supplies_batches for hook in run.hooks)
+            self.line = 1 / 2 if keeps else 1 / 3
+            if not (self.switch.on and weight.acts):
+                return
+
+            def parts() -> Iterator[tuple[list[Tensor], float]]:
+                for step, batch in enumerate(_batches(run).epoch(run.epoch), run.step):
+                    gradient = self._gradient(run, batch, bill)
+                    if keeps:
+                        self.kept[step] = gradient
+                    yield gradient, batch.total / len(run.coreset)  # batches may differ by a sample
+
+            with seeded(run.seed, "full gradient", run.step, run.worker.rank):
+                self.agent.average(parts())
+            _bill_exchange(run, bill, self.agent.full)
 
     def on_gradients(self, run: Run) -> None:
         """Correct the gradients of this step, or look at them."""
@@ -105,42 +134,6 @@ class Correction(Hook):
                 _bill_exchange(run, run.bill(CORRECTION), gradient)
                 found = self.agent.apply(mean_over_ranks(gradient), step=run.step, corrects=self.switch.on)
                 self.unread.append((run.step, self.switch.on, torch.stack(found)))
-
-    def _begin(self, run: Run) -> None:
-        """Judge the variance left since the last snapshot, take a new one, and compute g̃ if steps are corrected."""
-        weight = self.agent.weight
-        rate = run.optimizer.param_groups[0]["lr"]
-        # Rank 0 decides for all workers: other processors may round differently.
-        left = run.worker.first(self.agent.variance_left)
-        if left is not None:
-            self.left = left
-            self.switch.judge(left, self.line, rate=rate, epoch=run.epoch)
-        self.switch.begin(rate=rate, epoch=run.epoch)
-        self.agent.take(run.epoch / run.settings.epochs)
-        self.taken, self.kept = run.step, {}
-        weight.load_state_dict(run.worker.first(weight.state_dict()), run.worker.device)
-
-        # Steps take the gradients that g̃ is the mean of if they see the same batches, with the same draws, and memory
-        # suffices. A corrected step computes q gradients: its own, its part of g̃, and the snapshot's unless kept.
-        steps, device = run.settings.steps_per_epoch(len(run.coreset)), run.worker.device
-        size = steps * sum(parameter.nbytes for parameter in self.agent.parameters)
-        bound = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else memory_bound(None)
-        keeps = size <= bound and not self.draws and not any(hook.supplies_batches for hook in run.hooks)
-        self.line = 1 / 2 if keeps else 1 / 3
-        if not (self.switch.on and weight.acts):
-            return
-        bill = run.bill(FULL_GRADIENT)
-
-        def parts() -> Iterator[tuple[list[Tensor], float]]:
-            for step, batch in enumerate(_batches(run).epoch(run.epoch), run.step):
-                gradient = self._gradient(run, batch, bill)
-                if keeps:
-                    self.kept[step] = gradient
-                yield gradient, batch.total / len(run.coreset)  # batches may differ by a sample
-
-        with seeded(run.seed, "full gradient", run.step, run.worker.rank):
-            self.agent.average(parts())
-        _bill_exchange(run, bill, self.agent.full)
 
     def _gradient(self, run: Run, batch: Batch, bill: Cost) -> list[Tensor]:
         """Return this worker's part of ∇ℓ_B(θ̃)."""
@@ -178,7 +171,7 @@ class Correction(Hook):
             facts={"corrected_steps": corrected, "variance_left": left, "variance_line": self.line},
             findings=[finding],
             tables={"correction": table},
-            plots={"correction": partial(plots.correction, table.to_pylist())},
+            plots={"correction": partial(draw, table.to_pylist())},
         )
 
     def close(self) -> None:
@@ -206,6 +199,34 @@ class Correction(Hook):
         self.left = state["left"]
         self.agent.variance = state["variance"].to(device)
         self.history = [tuple(row) for row in state["history"].tolist()]
+
+
+def draw(steps: Rows, path: str | Path) -> None:
+    """Draw the weight c and the variance left beside that of a batch of the same cost; rows have ``COLUMNS``."""
+    step = column(steps, "step")
+    c = column(steps, "c")
+    left = column(steps, "left")
+    corrected = column(steps, "corrected") == 1
+    known = np.isfinite(left)
+    last_c = f"{c[-1]:.3g}" if len(c) else "–"
+    median = f"{np.median(left[known]):.2g}" if known.any() else "–"
+
+    with page(path) as figure:
+        weight, variance = figure.subplots(2, 1, sharex=True)
+        weight.plot(step, c, ".", color=BLUE, markersize=3)
+        weight.set_title(f"c ends at {last_c}")
+
+        for label, of_label, colour in (("corrected", corrected, BLUE), ("looked at", ~corrected, GREY)):
+            shown = known & of_label
+            if shown.any():
+                variance.plot(step[shown], left[shown], ".", color=colour, markersize=3, label=label)
+        line = column(steps, "line")
+        label = "1/q: a batch of the same cost"
+        variance.step(step, line, where="post", label=label, color=VERMILLION, linestyle="--", linewidth=1)
+        variance.set_title(f"Share of the gradients' variance that is left: {median} (median)")
+        variance.set_xlabel("step")
+        variance.set_ylim(0, 1.5)  # a correction may add to the variance
+        variance.legend(loc="upper right")
 
 
 def _batches(run: Run) -> Batches:
