@@ -1,7 +1,5 @@
 """Gradient correction in any loop: a snapshot of the model, its gradients, and the correction of a step by them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from operator import length_hint

@@ -1,7 +1,5 @@
 """AGENT as a hook: corrects the gradients of steps by those of a snapshot of the model, while worthwhile."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial

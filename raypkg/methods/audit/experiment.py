@@ -1,7 +1,5 @@
 """Data audit: the training samples of a finished run, ranked by their harm. No torch at import."""
 
-from __future__ import annotations
-
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator

@@ -1,7 +1,5 @@
 """DeltaGrad in a script of one's own: an estimator in scikit-learn's manner, over a recorded run."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import os
@@ -89,10 +87,6 @@ class DeltaGrad:
         seed: of the first weights and the batches.
         history: new local folder for the record and the samples, in which every change is durable; None = a temporary
             folder, deleted with the object.
-
-    Attributes:
-        classes_: labels, sorted, [C].
-        n_features_in_: numbers of a sample, D.
 
     Raises:
         UserError: a ``ValueError`` too: invalid settings, samples, labels or ids. The state is as before.
@@ -295,8 +289,8 @@ class DeltaGrad:
             raise UserError(f"{root} is a run of `effray deltagrad train`: use its commands")
         self._run = run
         self._prepared = None
-        self.classes_ = np.array(first["labels"], np.dtype(first["dtype"]))
-        self.n_features_in_ = math.prod(run.samples.data.train.shape)
+        self.classes_ = np.array(first["labels"], np.dtype(first["dtype"]))  # sorted, [C]
+        self.n_features_in_ = math.prod(run.samples.data.train.shape)  # D
         return self
 
     def __getstate__(self) -> dict[str, Any]:

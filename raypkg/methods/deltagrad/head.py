@@ -1,7 +1,5 @@
 """The record of a linear head that is trained in a loop of one's own, from which samples can be deleted afterwards."""
 
-from __future__ import annotations
-
 import math
 import os
 import weakref

@@ -1,7 +1,5 @@
 """Training that records every step's weights and gradient, and the checks that it can be replayed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

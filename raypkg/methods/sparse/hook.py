@@ -1,7 +1,5 @@
 """Sparse training in a run: `SparseTraining` with bills, checkpoints and plots, and sparse layers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path

@@ -181,15 +181,6 @@ def drop_fraction(first: float, progress: float) -> float:
     return first / 2 * wave
 
 
-def gradual_density(last: float, progress: float) -> float:
-    """Return the density d + (1 − d)·(1 − p)³ of gradual pruning (arXiv:1710.01878) at the share p of pruning.
-
-    >>> gradual_density(0.5, 0.0), gradual_density(0.5, 0.5), gradual_density(0.5, 1.0)
-    (1.0, 0.5625, 0.5)
-    """
-    return last + (1 - last) * (1 - progress) ** 3
-
-
 def surplus(masks: Mapping[str, Tensor], density: float) -> dict[str, int]:
     """Return each layer's active weights in excess of one density for all; every layer may keep one.
 

@@ -1,7 +1,5 @@
 """Sparse training in any loop: masks that change during training, attached to the optimiser by its step hooks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, NoReturn
@@ -29,7 +27,6 @@ from .masks import (
     drop_fraction,
     dropped,
     enlarged,
-    gradual_density,
     grown,
     prunable,
     shapes_of,
@@ -361,10 +358,11 @@ class SparseTraining:
         settings, before = self.settings, self.masks
         old_counts = active_counts(before)
 
-        # Drop the share f(p) of each layer or, in gradual pruning, its surplus.
+        # Drop the share f(p) of each layer or, in gradual pruning, its surplus over the density d + (1 − d)·(1 − p)³ at
+        # the share p of pruning (arXiv:1710.01878).
         if settings.is_gradual:
             pruning_done = min(1.0, progress / PRUNED_BY)
-            leaving = surplus(before, gradual_density(settings.density, pruning_done))
+            leaving = surplus(before, settings.density + (1 - settings.density) * (1 - pruning_done) ** 3)
         else:
             fraction = drop_fraction(settings.death_rate, progress)
             # Rounding of the progress must not turn 8 weights into 7.999….
