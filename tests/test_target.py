@@ -15,8 +15,7 @@ from raypkg.coresets.gradients import HeadView, head_view
 from raypkg.coresets.record import Record
 from raypkg.coresets.reselection import check_schedule
 from raypkg.coresets.rules import coreset
-from raypkg.coresets.sharded import LiveModel, select_coreset
-from raypkg.coresets.target import target_of
+from raypkg.coresets.sharded import LiveModel, select_coreset, target_of
 from raypkg.data import Data, load_data
 from raypkg.data.split import Split
 from raypkg.engine.batches import plain_batches

@@ -17,8 +17,7 @@ from raypkg.engine.shards import Shards
 
 from .record import Recorder
 from .rules import Rule, coreset
-from .sharded import LiveModel, select_coreset
-from .target import target_of
+from .sharded import LiveModel, select_coreset, target_of
 
 
 def check_schedule(settings: Reselect, epochs: int, *, given: bool = False, has_rows: bool = False) -> None:

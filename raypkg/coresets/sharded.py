@@ -1,20 +1,25 @@
 """Selection with a model's gradients over shards of the data, each holder working on its own classes.
 
-Forward passes go class by class, so a class has the same batches, hence the same picks, on any holder.
+Forward passes go class by class, so a class has the same batches, hence the same picks, on any holder. A selection is
+for the samples it selects from, for held-out ones, or for the training split of another data set: its target, seen as
+they are by the last layer, or, of a language model, by rows.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raypkg.core.settings import VALID, Model, Select
+from raypkg.core.errors import UserError
+from raypkg.core.settings import TRAIN, VALID, Model, Select
+from raypkg.data import Data, load_data
 from raypkg.data.coreset import Coreset
-from raypkg.data.split import Split
+from raypkg.data.kinds import TEXTS
+from raypkg.data.split import Split, aligned
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.loop import autocast
 from raypkg.engine.shards import Shard, Shards
@@ -25,7 +30,6 @@ from .budgets import budget_of, class_budgets, select, select_class
 from .gradients import HeadView, gradient_norms, head_view
 from .record import Record
 from .rules import coreset
-from .target import TargetSamples, target_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class LiveModel:
         """The model's device."""
         return next(self.model.parameters()).device
 
+    def on(self, shard: Shard) -> "LiveModel":
+        """Return the model itself: it is where it computes."""
+        return self
+
     def view(self, shard: Shard, indices: Tensor) -> HeadView:
         """Return the HeadView of the indices in one forward pass."""
         batches = plain_batches(shard.train, indices, shard.device, dtype=dtype_of(self.model))
@@ -58,8 +66,7 @@ class LiveModel:
 
     def norms(self, shard: Shard, indices: Tensor) -> Tensor:
         """Return the norms of the full gradients of the indices, in the precision of the weights [n]."""
-        batches = plain_batches(shard.train, indices, shard.device, dtype=dtype_of(self.model))
-        return gradient_norms(self.model, batches)
+        return gradient_norms(self.model, plain_batches(shard.train, indices, shard.device, dtype=dtype_of(self.model)))
 
 
 @dataclass(frozen=True)
@@ -87,24 +94,12 @@ class SentModel:
         model.load_state_dict(state)  # all weights: the seed above does not matter
         return model
 
-    def view(self, shard: Shard, indices: Tensor) -> HeadView:
-        """Return the HeadView of the indices in one forward pass."""
-        return self._on(shard).view(shard, indices)
-
-    def norms(self, shard: Shard, indices: Tensor) -> Tensor:
-        """Return the norms of the full gradients of the indices [n]."""
-        return self._on(shard).norms(shard, indices)
-
-    def _on(self, shard: Shard) -> LiveModel:
-        model = self._built.to(shard.device).to(memory_format=torch.channels_last)
-        return LiveModel(model, self.precision)
+    def on(self, shard: Shard) -> LiveModel:
+        """Return the model on the device of a shard."""
+        return LiveModel(self._built.to(shard.device).to(memory_format=torch.channels_last), self.precision)
 
 
-Scorer = LiveModel | SentModel  # a model whose gradients select
-Scorers = Sequence[Scorer]  # several for a rule that averages over models
-# A shard seen by the scorers, for a selection over all classes at once: its indices, each model's view of them, the
-# first model's view of its share of the target, and the cost.
-ShardView = tuple[Tensor, list[HeadView], HeadView | None, Cost]
+Scorers = Sequence[LiveModel | SentModel]  # models whose gradients select; several for a rule that averages over them
 
 
 def select_coreset(
@@ -147,6 +142,7 @@ def select_coreset(
 def select_classes(shard: Shard, scorers: Scorers, settings: Select, budgets: list[int], seed: int) -> Selection:
     """Select from each class of a shard by itself: one forward pass, then the rule on the class's HeadView."""
     rule = coreset[settings.rule]
+    models = [scorer.on(shard) for scorer in scorers]
     target = target_of(settings)
     reached = target.reached_by(shard) if target else None
     labels = shard.data.train.y[shard.indices]
@@ -160,76 +156,74 @@ def select_classes(shard: Shard, scorers: Scorers, settings: Select, budgets: li
     with Cost("select") as cost:
         for label in labels.unique().tolist():
             part = shard.indices[labels == label]
-            views = [scorer.view(shard, part) for scorer in scorers]
-            cost.forward += len(part) * len(scorers)
+            views = [model.view(shard, part) for model in models]
+            passes = len(part) * len(models)
+            cost.forward += passes
             aim = None
             if target and reached:
                 same = reached.indices[reached.data.train.y[reached.indices] == label]
-                if target.required and not len(same):
+                if len(same):
+                    aim = models[0].view(reached, same)
+                    cost.forward += len(same)
+                elif target.required:
                     raise target.missing(shard.data.train.classes[label])
-                aim = _view_of_some(reached, same, scorers[0], cost)
             members[done : done + len(part)] = part
             scores[done : done + len(part)] = _mean(view.norms() for view in views)
             done += len(part)
             if budgets[label]:
-                norms = partial(full_norms, shard, part, scorers, cost)
+
+                def norms(part: Tensor = part, passes: int = passes) -> Tensor:
+                    cost.forward += passes
+                    cost.backward += passes
+                    return _mean(model.norms(shard, part) for model in models)
+
                 of_models = {"others": views[1:], "full_norms": norms, **common}
                 picked = select_class(views[0], budgets[label], rule, label=label, target=aim, **of_models)
                 picks.append(picked.at(part))
     return Selection(Coreset.concat(picks), members, scores, cost)
 
 
-def full_norms(shard: Shard, indices: Tensor, scorers: Scorers, cost: Cost) -> Tensor:
-    """Return the norms of the samples' full gradients, averaged over the models [n]."""
-    passes = len(indices) * len(scorers)
-    cost.forward += passes
-    cost.backward += passes
-    return _mean(scorer.norms(shard, indices) for scorer in scorers)
-
-
 def _mean(scores: Iterable[Tensor]) -> Tensor:
     return torch.stack([*scores]).mean(dim=0)
 
 
-def _view_of_some(shard: Shard, indices: Tensor, scorer: Scorer, cost: Cost) -> HeadView | None:
-    """Return the HeadView of the indices, if there are any."""
-    if not len(indices):
-        return None
-    cost.forward += len(indices)
-    return scorer.view(shard, indices)
-
-
-def view_shard(shard: Shard, scorers: Scorers, target: TargetSamples | None) -> ShardView:
-    """Compute the views of a shard and of its share of the target."""
+def view_shard(
+    shard: Shard, scorers: Scorers, target: "TargetSamples | None"
+) -> tuple[Tensor, list[HeadView], list[HeadView], Cost]:
+    """Return a shard's indices, each model's view of them, the first one's of its share of the target, and the cost."""
+    models = [scorer.on(shard) for scorer in scorers]
     with Cost("select") as cost:
-        views = [scorer.view(shard, shard.indices) for scorer in scorers]
-        cost.forward += len(shard.indices) * len(scorers)
-        aim = None
+        views = [model.view(shard, shard.indices) for model in models]
+        cost.forward += len(shard.indices) * len(models)
+        aims = []
         if target:
             reached = target.reached_by(shard)
             share = reached.indices
             if target.name != VALID:  # every holder reaches all of a data set, and takes its share
                 share = share.tensor_split(shard.world)[shard.rank]
-            aim = _view_of_some(reached, share, scorers[0], cost)
-    return shard.indices, views, aim, cost
+            if len(share):
+                aims.append(models[0].view(reached, share))
+                cost.forward += len(share)
+    return shard.indices, views, aims, cost
 
 
 def norms_of_shard(shard: Shard, scorers: Scorers) -> Tensor:
     """Return the norms of the full gradients of a shard's samples, averaged over the models [n]."""
-    return _mean(scorer.norms(shard, shard.indices) for scorer in scorers)
+    return _mean(scorer.on(shard).norms(shard, shard.indices) for scorer in scorers)
 
 
 def _select_from_all(shards: Shards, scorers: Scorers, settings: Select, budget: int, seed: int) -> Selection:
     """Select from all classes at once: their logits and features are gathered from the shards."""
-    rule = coreset[settings.rule]
     target = target_of(settings)
-    seen: list[ShardView] = shards.map(view_shard, scorers, target)
-    parts, views, targets, costs = zip(*seen, strict=True)
+    parts, views, targets, costs = zip(*shards.map(view_shard, scorers, target), strict=True)
     indices = torch.cat(parts)
     order = indices.argsort()  # the same order, hence the same picks, for any number of shards
     indices = indices[order]
     first, *others = [HeadView.concat(of_model)[order] for of_model in zip(*views, strict=True)]
-    aims = [aim for aim in targets if aim is not None]
+    aims = [aim for of_shard in targets for aim in of_shard]
+    if target and target.required and not aims:
+        raise target.missing()
+    cost = Cost.joined("select", costs)
 
     def norms() -> Tensor:
         passes = len(indices) * len(scorers)
@@ -237,14 +231,70 @@ def _select_from_all(shards: Shards, scorers: Scorers, settings: Select, budget:
         cost.backward += passes
         return torch.cat(shards.map(norms_of_shard, scorers))[order]
 
-    if target and target.required and not aims:
-        raise target.missing()
     device = scorers[0].device
     memory = memory_bound(settings.memory, device)
     common: dict[str, Any] = {"seed": seed, "options": settings.options, "memory": memory, "device": device}
-    cost = Cost.joined("select", costs)
     with cost:
         aim = HeadView.concat(aims) if aims else None
-        picked = select_class(first, budget, rule, label="all", target=aim, others=others, full_norms=norms, **common)
+        of_models = {"others": others, "full_norms": norms, **common}
+        picked = select_class(first, budget, coreset[settings.rule], label="all", target=aim, **of_models)
     scores = _mean(view.norms() for view in (first, *others))
     return Selection(picked.at(indices), indices, scores, cost)
+
+
+@dataclass(frozen=True)
+class TargetSamples:
+    """Samples to select for that are not those to select from; opened on first use, so cheap to send."""
+
+    name: str  # "valid", or of a data set
+    options: Mapping[str, Any]  # of the data set
+    required: bool  # given by the user; otherwise a class without any is its own target
+    own_classes: bool = False  # may have other classes than the samples to select from: subtasks of a language model
+
+    def reached_by(self, shard: Shard) -> Shard:
+        """Return the samples that a holder reaches: the held-out ones of its classes, or a whole data set."""
+        nothing = shard.indices[:0]
+        if self.name == VALID:
+            return Shard(Data(shard.train, shard.data.test), shard.valid, nothing, shard.device)
+        split = self.split_like(shard.data.train)
+        return Shard(Data(split, split), torch.arange(len(split)), nothing, shard.device)
+
+    def split_like(self, train: Split) -> Split:
+        """Return the data set with the normalisation of the samples to select from and, if it must, their classes."""
+        if train.kind is TEXTS and not self.options.get("tokenizer"):  # it would train one on texts of its own
+            raise UserError(f"{self}: its texts must be cut as those of training are: give option tokenizer for both")
+        return aligned(self._opened, train, str(self), classes=not self.own_classes)
+
+    def check(self, train: Split, held_out: Tensor | None = None) -> None:
+        """Refuse, before any work, samples that are missing or do not suit the training split."""
+        if self.name != VALID:
+            self.split_like(train)
+        elif self.required and held_out is not None and not len(held_out):
+            raise self.missing()
+
+    def missing(self, label: str | None = None) -> UserError:
+        """Return the error that there are no such samples, at all or of a class."""
+        if label is None:
+            return UserError(f"{self}: no samples are held out, as dataset.validation = 0 says")
+        if self.name == VALID:
+            return UserError(f"{self}: no sample of class {label!r} is held out, see dataset.validation")
+        return UserError(f"{self} has no sample of class {label!r}: add some, or give select.balanced = false")
+
+    def __str__(self) -> str:
+        return f"select.target = {self.name}"
+
+    @cached_property
+    def _opened(self) -> Split:
+        return load_data(self.name, self.options).train
+
+
+def target_of(settings: Select) -> TargetSamples | None:
+    """Return the samples that a selection is for; None = those to select from."""
+    chosen = settings.target
+    if chosen is None:
+        by_default = "valid" in coreset[settings.rule].declares
+        return TargetSamples(VALID, {}, required=False) if by_default else None
+    if chosen.name == TRAIN:
+        return None
+    own_classes = coreset[settings.rule].sees == "rows"
+    return TargetSamples(chosen.name, chosen.options, required=True, own_classes=own_classes)

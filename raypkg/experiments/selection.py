@@ -8,8 +8,7 @@ from raypkg.cluster.workers import Workers
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model, RunSettings, Select
 from raypkg.coresets.rules import coreset
-from raypkg.coresets.sharded import SentModel, select_coreset
-from raypkg.coresets.target import target_of
+from raypkg.coresets.sharded import SentModel, select_coreset, target_of
 from raypkg.data.coreset import Coreset
 from raypkg.engine.shards import Shard, Shards, WorkerShards, class_shards
 from raypkg.engine.worker import Worker

@@ -88,8 +88,9 @@ def open_audited(settings: AuditSettings, samples: Samples, folder: RunFolder) -
 def views_of(shard: Shard, scorer: SentModel) -> tuple[Tensor, HeadView, list[HeadView], Cost]:
     """Return the positions of a shard's samples, their view, that of its held-out samples if any, and the cost."""
     with Cost("audit") as cost:
-        view = scorer.view(shard, shard.indices)
-        held_out = [scorer.view(shard, shard.valid)] if len(shard.valid) else []
+        model = scorer.on(shard)
+        view = model.view(shard, shard.indices)
+        held_out = [model.view(shard, shard.valid)] if len(shard.valid) else []
         cost.forward += len(shard.indices) + len(shard.valid)
     return shard.indices, view, held_out, cost
 

@@ -26,7 +26,7 @@ from raypkg.coresets.budgets import budget_of, select
 from raypkg.coresets.per_sample import trained_linears
 from raypkg.coresets.record import Record
 from raypkg.coresets.rows import Rows
-from raypkg.coresets.target import target_of
+from raypkg.coresets.sharded import target_of
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split, at_hand
 from raypkg.engine.batches import plain_batches
