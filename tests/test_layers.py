@@ -14,7 +14,7 @@ APART = {"runs": {"core"}, "engine": {"core", "data", "models"}}  # floors that 
 MATHEMATICS = {"core", "data", "models", "coresets"}  # all that a method's pure files import
 REACH = {"hook", "run", "pretrain", "experiment", "plots", "show", "export"}  # files and folders that reach further
 REACH_TOO = {
-    "lipt": {"member", "api"},
+    "lipt": {"api"},
     "language": {"phases"},
     "deltagrad": {"history", "journal", "requests", "answer", "estimator", "folder", "head"},
 }  # fmt: skip

@@ -10,16 +10,16 @@ import reference
 from gloo import on_workers
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
-from raypkg.core.seeds import derive
+from raypkg.core.seeds import derive, generator
 from raypkg.data.coreset import Coreset
+from raypkg.data.partition import stratified_shards
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Cost, Worker
 from raypkg.experiments.samples import new_model, open_samples
 from raypkg.experiments.training import load_record
-from raypkg.methods.lipt.member import Context, redrawn
 from raypkg.methods.lipt.merges import Member, merge, reestimate
-from raypkg.methods.lipt.pretrain import disjoint_shards, pretrain_models
+from raypkg.methods.lipt.pretrain import pretrain_models, redrawn
 from raypkg.methods.lipt.settings import RESULT, LiptSettings, Pretrain
 from raypkg.methods.sparse import initial
 from raypkg.methods.sparse.masks import prunable
@@ -109,12 +109,13 @@ def same(a, b, tolerance=0.0):
 def test_each_round_starts_from_the_last_merge(tmp_path):
     """A slow twin: every epoch of every model is a training of its own, from the mean of all models before it."""
     settings = settings_of(rounds=EPOCHS, randaugment=False)
-    context = Context(settings, Storage(str(tmp_path / "twin")), open_samples(settings), Worker())
-    data = context.samples.data
+    data, indices, _ = open_samples(settings)
+    rng = generator(settings.seed, "shards")
+    shards = stratified_shards(data.train.y, MODELS, len(indices) // MODELS, rng, indices=indices)
     mean = new_model(settings, data)
     for epoch in range(EPOCHS):
         trained = []
-        for number, shard in enumerate(disjoint_shards(context)):
+        for number, shard in enumerate(shards):
             model = new_model(settings, data)
             model.load_state_dict(mean.state_dict())
             run = Run(

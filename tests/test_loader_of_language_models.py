@@ -283,7 +283,7 @@ class Changed(Instructions):
             None,
             r"rows returned torch.int64 \[48, 9\] for 48 samples: must be float \[n, d\]",
         ),
-        ({**RDS, "rows": lambda model, batches: "x"}, None, "rows returned str for 0 samples"),
+        ({**RDS, "rows": lambda model, batches: "x"}, None, "rows returned str of 1 for 0 samples"),
         ({}, Changed(lambda i, y: y.where(torch.tensor(i != 5), -100)), "sample 5 has no answered token: its labels"),
         ({}, Changed(lambda i, y: y.clamp_min(-5)), "labels must be integers from 0 up, .* with -100 for no answer"),
         ({}, Changed(lambda i, y: y.float()), r"or of tokens \[\d+, 9\] .*; a batch has torch.float32 \[\d+, 9\]"),

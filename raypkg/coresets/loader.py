@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from raypkg.core.config import current_name, validate
-from raypkg.core.errors import UserError, as_arguments, shown
+from raypkg.core.errors import UserError, as_arguments, described, shown
 from raypkg.core.seeds import derive, generator
 from raypkg.core.settings import Reselect
 from raypkg.data.coreset import Coreset
@@ -329,7 +329,7 @@ class CoresetLoader:
                 raise outcome
         return picked
 
-    def _share(self, ranks: Worker) -> list[HeadView | Tensor | None]:
+    def _share(self, ranks: Worker) -> list[Any]:
         """Return the views of this rank's share of the samples and of the target, their rows, or the samples' labels.
 
         A share has whole batches, which one rank alone would compute in the same way, bit for bit.
@@ -338,7 +338,7 @@ class CoresetLoader:
             return [None if ranks.rank else torch.zeros(self.n, dtype=torch.int64)]
         if self._y is not None:
             return [self._y]
-        shares: list[HeadView | Tensor | None] = []
+        shares: list[Any] = []
         for data in [self.scored] if self.target is None else [self.scored, self.target]:
             # A language model's batches must not be larger than in training: their activations would not fit.
             size = self.batch_size if self.rows else max(LEAST_SCORED, self.batch_size)
@@ -348,38 +348,30 @@ class CoresetLoader:
                 shares.append(None)
                 continue
             seen: list[Tensor] = []
-            loaded = self._noted(self._load(data, batches[first:end], "selection", self.epoch), seen)
-            share: HeadView | Tensor
+            loaded = self._seen(data, batches[first:end], seen)
+            share: Any
             if self.model is None:  # labels of tokens are all of one class
                 share = torch.cat([y if y.dim() == 1 else torch.zeros(len(y), dtype=torch.int64) for _, y in loaded])
+            elif self.rows:
+                inputs = ({**x, LABELS: y} if isinstance(x, Mapping) else x for x, y in loaded)
+                with in_mode(self.model, training=False):
+                    share = self.rows(self.model, inputs)
+                n = sum(map(len, seen))
+                is_matrix = isinstance(share, Tensor) and share.dim() == 2 and share.is_floating_point()
+                if not is_matrix or len(share) != n:
+                    raise UserError(f"rows returned {described(share)} for {n} samples: must be float [n, d]")
+                share = share.detach().cpu()
             else:
-                share = self._rows_of(loaded) if self.rows else head_view(self.model, loaded)
+                share = head_view(self.model, loaded)
             order = torch.cat(seen).argsort()
             shares.append(share if (order.diff() == 1).all() else share[order])
         if self.model is None:
-            self._y = shares[0]  # type: ignore[assignment]  # labels
+            self._y = shares[0]  # labels
         return shares
 
-    def _rows_of(self, loaded: Iterator[tuple[Any, Tensor]]) -> Tensor:
-        """Return the rows of the samples of batches, float [m, d], on the CPU."""
-        sizes: list[int] = []
-
-        def batches() -> Iterator[Any]:
-            for x, y in loaded:
-                sizes.append(len(y))
-                yield {**x, LABELS: y} if isinstance(x, Mapping) else x
-
-        with in_mode(self.model, training=False):  # type: ignore[arg-type]
-            rows: Any = self.rows(self.model, batches())  # type: ignore[misc,arg-type]
-        is_matrix = isinstance(rows, Tensor) and rows.dim() == 2 and rows.is_floating_point()
-        if not is_matrix or len(rows) != sum(sizes):
-            given = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-            raise UserError(f"rows returned {given} for {sum(sizes)} samples: must be float [n, d]")
-        return rows.detach().cpu()
-
-    def _noted(self, loaded: Iterator[Any], seen: list[Tensor]) -> Iterator[tuple[Any, Tensor]]:
-        """Yield batches on the model's device, and note their positions."""
-        for x, y, indices in loaded:
+    def _seen(self, data: Dataset[Any], batches: Sequence[Tensor], seen: list[Tensor]) -> Iterator[tuple[Any, Tensor]]:
+        """Yield batches for a selection, on the model's device, and note their positions."""
+        for x, y, indices in self._load(data, batches, "selection", self.epoch):
             seen.append(indices)
             yield on_device((x, y), self._device)
 
@@ -421,7 +413,7 @@ class CoresetLoader:
         """Return the norms of the full gradients at ascending positions, all computed on the first rank."""
         seen: list[Tensor] = []
         batches = positions.split(max(LEAST_SCORED, self.batch_size))
-        norms = gradient_norms(self.model, self._noted(self._load(self.scored, batches, "selection", self.epoch), seen))  # type: ignore[arg-type]
+        norms = gradient_norms(self.model, self._seen(self.scored, batches, seen))  # type: ignore[arg-type]
         return norms[torch.cat(seen).argsort()]
 
     def _batches_of(self, size: int, world: int) -> int:

@@ -17,9 +17,8 @@ from raypkg.engine.run import Run
 from raypkg.experiments.samples import augmentations, new_model, open_samples
 from raypkg.experiments.training import load_record
 from raypkg.methods.lipt import merge, pretraining
-from raypkg.methods.lipt.member import redrawn
 from raypkg.methods.lipt.merges import Member
-from raypkg.methods.lipt.pretrain import MERGED_FILE
+from raypkg.methods.lipt.pretrain import MERGED_FILE, redrawn
 from raypkg.methods.lipt.settings import RESULT, LiptSettings
 from raypkg.methods.sparse import initial as sparsity
 from raypkg.methods.sparse.masks import random_masks, shapes_of

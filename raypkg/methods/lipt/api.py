@@ -23,8 +23,7 @@ from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import Samples
 from raypkg.models.classifier import in_mode, probe
 
-from .member import Context
-from .pretrain import train_and_merge
+from .pretrain import Context, train_and_merge
 from .settings import LiptSettings, Pretrain
 
 AT_ONCE = 1024  # samples read together for their labels
@@ -83,27 +82,21 @@ def pretrain(
         settings = validate(LiptSettings, {"seed": seed, "pretrain": chosen})
         cluster = validate(Cluster, {"workers": workers})
         merged = deepcopy(model)
-        check_model(merged, split)
+        kind = type(model).__name__
+        if not isinstance(model, nn.Module) or not any(each.requires_grad for each in model.parameters()):
+            raise UserError(f"lipt.pretrain takes an nn.Module with parameters that require gradients, not this {kind}")
+        weight = next(merged.parameters())
+        stored, _ = split.batch(torch.arange(min(2, len(split))))
+        x = split.inputs(stored.to(weight.device))
+        with in_mode(merged, training=False):
+            probe(merged, kind, x.to(weight.dtype) if x.is_floating_point() else x, split.num_classes, exact=False)
         if workers:
             with tempfile.TemporaryDirectory() as folder, Workers(cluster, lambda row: None, folder) as group:
                 saved = group.run(pretrain_given, settings, merged, split)
         else:
-            worker = Worker(device=next(merged.parameters()).device)
-            saved = pretrain_given(worker, settings, merged, split)
+            saved = pretrain_given(Worker(device=weight.device), settings, merged, split)
         merged.load_state_dict(load(saved))
         return merged
-
-
-def check_model(model: nn.Module, split: Split) -> None:
-    """Refuse what is not a module with weights to train that maps the samples to logits of all their classes."""
-    kind = type(model).__name__
-    if not isinstance(model, nn.Module) or not any(each.requires_grad for each in model.parameters()):
-        raise UserError(f"lipt.pretrain takes an nn.Module with parameters that require gradients, not this {kind}")
-    weight = next(model.parameters())
-    stored, _ = split.batch(torch.arange(min(2, len(split))))
-    x = split.inputs(stored.to(weight.device))
-    with in_mode(model, training=False):
-        probe(model, kind, x.to(weight.dtype) if x.is_floating_point() else x, split.num_classes, exact=False)
 
 
 def pretrain_given(worker: Worker, settings: LiptSettings, model: nn.Module, split: Split) -> bytes:

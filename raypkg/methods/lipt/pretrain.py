@@ -21,6 +21,8 @@ with the record of training that some coreset rules need.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,22 +32,26 @@ from torch import Tensor, nn
 from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
 from raypkg.core.errors import UserError
-from raypkg.core.seeds import generator, seeded
+from raypkg.core.seeds import derive, generator, seeded
 from raypkg.coresets.record import Recorder
+from raypkg.data.coreset import Coreset
+from raypkg.data.kinds import IMAGES
 from raypkg.data.partition import stratified_shards
-from raypkg.data.split import at_hand
+from raypkg.data.split import Split, at_hand
 from raypkg.engine.batches import dtype_of, plain_batches
-from raypkg.engine.loop import autocast
+from raypkg.engine.loop import autocast, fit
 from raypkg.engine.run import Hook, Run
 from raypkg.engine.worker import Cost, Worker
-from raypkg.experiments.samples import Samples, new_model, samples_on
+from raypkg.experiments.samples import Samples, augmentations, new_model, samples_on
 from raypkg.experiments.training import Job, measure_held_out, save_record, train_on_cluster
-from raypkg.runs.checkpoints import load_state, save_state, save_tensors
+from raypkg.methods.sparse.hook import Masked, first_batch
+from raypkg.methods.sparse.masks import Masks, random_masks
+from raypkg.methods.sparse.training import first_masks
+from raypkg.runs.checkpoints import StoredCheckpoints, load_state, save_state, save_tensors
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
 from . import merge, pretraining
-from .member import Context, Trainee, parameters_of
 from .merges import Member, State, reestimate
 from .settings import RESULT, LiptSettings
 
@@ -53,6 +59,7 @@ MERGED = "merged"  # name of the merged model's checkpoints
 MERGED_FILE = "checkpoints/merged.safetensors"  # of an unfinished run, if joint epochs follow the merge
 SEEN = "checkpoints/seen.pt"  # the models' records, which joint epochs continue
 CONTINUED = f"{__name__}:ContinuedRecord"  # name of the hook of joint epochs
+STATISTICS_SAMPLES = 2048  # enough for the batch-norm statistics of a merged model
 
 
 @pretraining("lipt", source="PMLR 202:29130, reconstructed")
@@ -88,6 +95,137 @@ def keep_initial(settings: LiptSettings, report: Report, *, samples: Samples) ->
     report.phase("pretrain", work, epochs=0)
 
 
+@dataclass(frozen=True)
+class Context:
+    """Settings, run folder and samples, which all workers share, and the worker itself."""
+
+    settings: LiptSettings
+    storage: Storage | None  # None = no run folder, hence no checkpoints
+    samples: Samples
+    worker: Worker
+    given: nn.Module | None = None  # with the initial weights w0; None = the model of the settings
+
+    @property
+    def local(self) -> Worker:
+        """The worker by itself, for work without collectives."""
+        return replace(self.worker, rank=0, world=1)
+
+    def model(self) -> nn.Module:
+        """Build the model with the initial weights w0, the same on every worker."""
+        model = new_model(self.settings, self.samples.data) if self.given is None else deepcopy(self.given)
+        return model.to(self.worker.device)
+
+    def checkpoints(self, name: str) -> StoredCheckpoints | None:
+        """Return the place of the last checkpoint of a model or of the merged model."""
+        if self.storage is None:
+            return None
+        return StoredCheckpoints(self.storage / "checkpoints" / "pretrain" / name, keep=1)
+
+    def of_all_models(self, values: Sequence[Any]) -> list[Any]:
+        """Return the values of the models of all workers, in the order of their numbers."""
+        by_worker = self.worker.gather(list(values))  # worker r of W has those of r, r + W, …
+        world = self.worker.world
+        return [by_worker[number % world][number // world] for number in range(self.settings.pretrain.models)]
+
+
+# One of the models
+
+
+class Trainee(Hook):
+    """One of the models, which stays in the memory of its worker from round to round.
+
+    The result does not depend on the worker that trains it. The shard is the model's training indices, int64; the split
+    is the training split, or a part that holds the shard's samples. As a hook of its run, it sets the weights of a
+    round's start, unless the model's checkpoint is of later epochs.
+    """
+
+    priority = 0
+    start: State  # of the round: these three are set before each
+    first: int  # epochs done before
+    last: int  # the epoch after which the models are merged
+
+    def __init__(self, context: Context, number: int, shard: Tensor, split: Split):
+        settings = context.settings.pretrain
+        data = context.samples.data
+        augment = augmentations(context.settings.dataset, data)
+        if settings.randaugment and data.train.kind is IMAGES:
+            augment.append("randaugment")
+        seed = derive(context.settings.seed, "lipt", number)
+        self.cost = Cost("pretrain")
+        with self.cost:  # drawing the masks belongs to its training
+            model = context.model()
+            self.masks: Masks = {}  # none for a dense model
+            if settings.sparsity is not None:
+                order = torch.randperm(len(shard), generator=generator(seed, "snip"))
+                drawn = shard[order[: settings.batch_size]]
+                rng = generator(seed, "densities")
+                scored = context.model()
+                # Saliency is computed in the precision of training; dropout draws the same for every model.
+                with autocast(settings.precision, context.worker.device), seeded(0, "snip dropout"):
+                    batch = first_batch(settings.sparsity, scored, split, drawn, self.cost)
+                    chosen = first_masks(settings.sparsity, scored, settings.density, rng=rng, batch=batch)
+                # Only the densities are kept: positions drawn at random make the models differ.
+                self.masks = redrawn(chosen, generator(seed, "mask"))
+        self.shard = shard
+        self.name = f"model_{number:03d}"
+        self.checkpoints = context.checkpoints(self.name)
+        self.recorder = Recorder(data.train.y)
+        self.run = Run(
+            model=model,
+            split=split,
+            coreset=Coreset.uniform(shard),
+            settings=settings,
+            seed=seed,
+            phase="pretrain",
+            worker=context.local,  # models exchange no gradients
+            augment=augment,
+            cost=self.cost,
+            hooks=[self, self.recorder, Masked(self.masks)],
+            label=number,
+            main=False,
+        )
+
+    def train(self, start: State, first: int, last: int) -> None:
+        """Train through a round, under its own masks and on its own shard, from the last checkpoint if there is one."""
+        self.start, self.first, self.last = start, first, last
+        self.run.last = last
+        fit(self.run, checkpoints=self.checkpoints)
+        self._check()
+        self.run.optimizer.state.clear()  # the next round begins without it, and it is as large as the model
+        self.cost, *_ = self.run.bills()  # of all rounds and all attempts
+
+    def on_epoch(self, run: Run) -> None:
+        """Replace the weights before the round's first epoch, and reset the optimiser."""
+        self._check()
+        if run.epoch == self.first:
+            weights = {name: w * self.masks.get(name, 1) for name, w in self.start.items()}
+            run.model.load_state_dict(weights, strict=False)  # batch-norm statistics, unused in training, stay
+            run.optimizer.state.clear()
+
+    def _check(self) -> None:
+        """Refuse a checkpoint of another round: an unreadable file hides later epochs, and would change the result."""
+        if not self.first <= self.run.epoch <= self.last:
+            raise UserError(
+                f"checkpoints/pretrain is damaged: {self.name} has done {self.run.epoch} epochs, the models were merged"
+                f" after {self.first}: run it again under another name"
+            )
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of a model's parameters on the CPU, without its buffers."""
+    return {name: w.detach().cpu().clone() for name, w in model.named_parameters()}
+
+
+def redrawn(masks: Masks, rng: torch.Generator) -> Masks:
+    """Draw random masks with the layer-wise densities of others."""
+    shapes = {name: mask.shape for name, mask in masks.items()}
+    densities = {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()}
+    return random_masks(shapes, densities, rng)
+
+
+# Rounds
+
+
 class Merged(NamedTuple):
     """The models after a merge, when all of them are equal, or before the first."""
 
@@ -106,7 +244,10 @@ def train_and_merge(context: Context) -> tuple[nn.Module, Merged, list[Trainee],
     pretrain = context.settings.pretrain
     worker = context.worker
     train = context.samples.data.train
-    shards = disjoint_shards(context)  # every worker draws the same
+    # Disjoint, class-stratified shards, each with samples of every class; every worker draws the same.
+    train_indices, rng = context.samples.train_indices, generator(context.settings.seed, "shards")
+    size = pretrain.shard_size(len(train_indices))
+    shards = stratified_shards(train.y, pretrain.models, size, rng, indices=train_indices)
     numbers = range(worker.rank, pretrain.models, worker.world)
     own = torch.cat([shards[0][:0], *(shards[number] for number in numbers)])  # none if workers outnumber models
     split = at_hand(train, own)
@@ -135,7 +276,12 @@ def train_and_merge(context: Context) -> tuple[nn.Module, Merged, list[Trainee],
     model.load_state_dict(merged.parameters, strict=False)
     with Cost("merge") as statistics:
         if worker.rank == 0:  # the others' models are not used
-            statistics.forward += estimate_statistics(context, model)
+            order = torch.randperm(len(train_indices), generator=generator(context.settings.seed, "statistics"))
+            indices = train_indices[order[:STATISTICS_SAMPLES]]
+            size = min(256, len(indices))
+            batches = plain_batches(at_hand(train, indices), indices, worker.device, size, dtype_of(model))
+            with autocast(pretrain.precision, worker.device), seeded(context.settings.seed, "statistics dropout"):
+                statistics.forward += reestimate(model, (x for x, _ in batches))
     merging = merged.merging.then(statistics.gathered(worker))
     return model, merged._replace(merging=merging), trainees, shards
 
@@ -176,15 +322,6 @@ def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) ->
     }
 
 
-def disjoint_shards(context: Context) -> list[Tensor]:
-    """Return the models' disjoint, class-stratified shards; each needs samples of every class."""
-    samples = context.samples
-    pretrain = context.settings.pretrain
-    size = pretrain.shard_size(len(samples.train_indices))
-    rng = generator(context.settings.seed, "shards")
-    return stratified_shards(samples.data.train.y, pretrain.models, size, rng, indices=samples.train_indices)
-
-
 def merge_round(context: Context, before: Merged, last: int, trainees: Sequence[Trainee]) -> Merged:
     """Merge the models of all workers after a round, which ends with epoch ``last``, by the rule of the settings."""
     start = before.parameters
@@ -202,15 +339,15 @@ def merge_round(context: Context, before: Merged, last: int, trainees: Sequence[
             if worker.world > 1:
                 tensors = [w for member in members for w in (*member.parameters.values(), *member.masks.values())]
                 merging.sent += sum(w.nbytes for w in tensors)
-            return _of_all_models(context, members)
+            return context.of_all_models(members)
 
-        members = [trainee.member for trainee in trainees]
+        members = [Member(parameters_of(trainee.run.model), trainee.masks) for trainee in trainees]
         merged = merge[settings.merge](start, members, total=total, gather=gather)
         shapes = {name: w.shape for name, w in start.items()}
         if {name: w.shape for name, w in merged.items()} != shapes:
             raise UserError(f"pretrain.merge = {settings.merge!r} returned other parameters or shapes than {[*shapes]}")
 
-    seconds = _of_all_models(context, [trainee.cost.seconds for trainee in trainees])
+    seconds = context.of_all_models([trainee.cost.seconds for trainee in trainees])
     earlier = before.trained or [0.0] * len(seconds)
     return Merged(
         parameters=merged,
@@ -221,25 +358,16 @@ def merge_round(context: Context, before: Merged, last: int, trainees: Sequence[
     )
 
 
-def estimate_statistics(context: Context, model: nn.Module) -> int:
-    """Estimate batch-norm statistics on a random part of the training samples; return its size."""
-    device = context.worker.device
-    split, indices = context.statistics_samples
-    batches = plain_batches(split, indices, device, min(256, len(indices)), dtype_of(model))
-    precision = context.settings.pretrain.precision
-    with autocast(precision, device), seeded(context.settings.seed, "statistics dropout"):
-        return reestimate(model, (x for x, _ in batches))
-
-
 def keep_seen(context: Context, storage: Storage, shards: Sequence[Tensor], trainees: Sequence[Trainee]) -> None:
     """Save one record of what the models of all workers saw, each of its own shard."""
-    by_model = _of_all_models(context, [trainee.seen for trainee in trainees])
+    seen = [{name: values[each.shard] for name, values in each.recorder.state_dict().items()} for each in trainees]
+    by_model = context.of_all_models(seen)
     if context.worker.rank > 0:
         return
     recorder = Recorder(context.samples.data.train.y)
     everything = recorder.state_dict()
-    for shard, seen in zip(shards, by_model, strict=True):
-        for name, values in seen.items():
+    for shard, of_shard in zip(shards, by_model, strict=True):
+        for name, values in of_shard.items():
             everything[name][shard] = values
     if context.settings.pretrain.joint_epochs:  # theirs will be the final record
         save_state(storage, SEEN, everything)
@@ -264,14 +392,6 @@ class ContinuedRecord(Hook):
         for recorder in run.hooks:
             if isinstance(recorder, Recorder):
                 recorder.load_state_dict(self.seen)
-
-
-def _of_all_models(context: Context, values: Sequence[Any]) -> list[Any]:
-    """Return the values of the models of all workers, in the order of their numbers."""
-    by_worker = context.worker.gather(list(values))  # worker r of W has those of r, r + W, …
-    world = context.worker.world
-    models = context.settings.pretrain.models
-    return [by_worker[number % world][number // world] for number in range(models)]
 
 
 def _wait(worker: Worker) -> None:
