@@ -13,6 +13,7 @@ from raypkg.coresets.solvers import (
     largest,
     largest_bounded,
     matching_pursuit,
+    spanned_pursuit,
 )
 
 
@@ -171,3 +172,24 @@ def test_mean_gradients_that_are_spelt_out_are_pursued_like_batches(monkeypatch)
         found.append((atoms.ranked(chosen).tolist(), weights))
     assert found[0][0] == found[1][0]
     torch.testing.assert_close(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_more_samples_than_numbers_are_pursued_like_few(seed):
+    problem = reference.problem(160, 3, 4, seed=seed)
+    view, gradients = problem.view, reference.per_sample_gradients(problem).flatten(1)  # [160, 15], of rank 10
+    target = view.mean()
+    lam = 0.1 * float(target.square().sum())
+
+    def error(chosen, weights):
+        return (weights @ gradients[chosen] - target.flatten()).square().sum() + lam * weights @ weights
+
+    atoms = BatchAtoms(view, torch.arange(160), target, 60)
+    one = matching_pursuit(atoms, atoms.energy, 60, lam=lam, eps=1e-10)
+    same = spanned_pursuit(view, target, 60, lam=lam, eps=1e-10, together=1)
+    assert same[0].tolist() == one[0].tolist() and len(one[0]) == 60
+    torch.testing.assert_close(same[1], one[1])
+
+    chosen, weights = spanned_pursuit(view, target, 60, lam=lam, eps=1e-10, together=16)
+    torch.testing.assert_close(weights, reference.ridge(gradients[chosen], target.flatten(), lam))
+    assert error(chosen, weights) < 1.05 * error(*one)

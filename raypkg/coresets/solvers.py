@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
+from torch.nn.functional import pad
 
 from .gradients import HeadView
 
@@ -15,6 +16,7 @@ AT_ONCE = 16  # values computed together, or more: a product of fewer rows takes
 AHEAD = 32  # inner products computed at once: one product reads the view once for all of them
 BLOCK = 512  # samples that are in float64 at a time: they stay in the cache
 GROWTH = 64  # rows by which the room for a factor grows
+STABLE = 1e9  # Σ‖g‖² of the chosen over λ up to which ``spanned_pursuit`` keeps enough digits
 CERTAIN = 1e-9  # a probability this near to 1 is 1
 DEPENDENT = 1e-12  # a pivot below this share of its diagonal is rounding: the atom lies in the span of the chosen ones
 
@@ -137,24 +139,101 @@ def matching_pursuit(atoms: "BatchAtoms", energy: Tensor, k: int, *, lam: float,
     return chosen, weights
 
 
+def spanned_pursuit(
+    view: HeadView, target: Tensor, k: int, *, lam: float, eps: float, together: int
+) -> tuple[Tensor, Tensor]:
+    """``matching_pursuit`` over single samples, for k beyond the p = (C−1)(D+1) numbers of a gradient, and λ > 0.
+
+    All weights follow from one vector, v_i = <g_i, z> with (Σ_{i∈S} g_i g_iᵀ + λI) z = t, and the residual is λz. A
+    sample that comes or goes changes the inverse by a matrix of rank one: O(p²), however many S holds. Each step adds
+    the ``together`` samples that correlate most. Residuals p − e_y sum to 0, so C−1 numbers in an orthonormal basis
+    stand for them.
+    """
+    num_classes, width = target.shape  # C, D+1
+    centred = torch.eye(num_classes).to(target) - 1 / num_classes
+    basis = torch.linalg.eigh(centred).eigenvectors[:, 1:]  # [C, C−1]
+    aim = (basis.T @ target).flatten()  # t [p]
+    inverse = torch.eye(len(aim)).to(aim) / lam
+    z = aim / lam
+    free = torch.ones_like(view.y, dtype=torch.bool)
+    chosen = view.y.new_empty(0)  # S [m]
+    residual = aim.new_empty(0, num_classes - 1)  # of S, in the basis
+    features = aim.new_empty(0, width)  # of S, [h; 1]
+    weights = aim.new_empty(0)  # v [m]
+    error = aim @ aim
+    last = error + torch.inf
+    enough = eps * error
+    floor = None
+    while len(chosen) < k and enough < error < last:
+        matrix = lam * basis @ z.view(num_classes - 1, width)  # M [C, D+1]
+        correlation = view.project(matrix.to(view.features)).where(free, -torch.inf)
+        best, picks = correlation.topk(min(together, k - len(chosen)))
+        floor = eps * best[0].clamp(min=0) if floor is None else floor
+        picks = picks[best > floor]
+        if not len(picks):
+            break
+        free[picks] = False
+        m = len(chosen)
+        chosen = torch.cat([chosen, picks])
+        residual = torch.cat([residual, view.residual[picks].double() @ basis])
+        features = torch.cat([features, pad(view.features[picks].double(), (0, 1), value=1.0)])
+        weights = pad(weights, (0, len(picks)))
+        z = _change(inverse, z, residual[m:], features[m:], 1)
+        solution = _through(residual, features, z)
+        of_chosen = (residual * solution[:, None]).T @ features  # Σ v_i g_i
+        z = z + inverse @ (aim - of_chosen.flatten() - lam * z)  # or the rounding of all changes would add up
+        solution = _through(residual, features, z)
+        while not (solution > 0).all():
+            weights, out = _towards(solution, weights)
+            z = _change(inverse, z, residual[out, None], features[out, None], -1)
+            free[chosen[out]] = True  # it may come again
+            stay = torch.arange(len(chosen), device=chosen.device) != out
+            chosen, residual, features, weights = chosen[stay], residual[stay], features[stay], weights[stay]
+            solution = _through(residual, features, z)
+        weights = solution
+        last = error
+        error = lam * (aim @ z)
+    return chosen, weights
+
+
+def _through(residual: Tensor, features: Tensor, z: Tensor) -> Tensor:
+    """Return <g_i, z> of gradients in two factors [m]."""
+    matrix = z.view(residual.shape[1], -1)
+    return (residual @ matrix).mul_(features).sum(dim=1)
+
+
+def _change(inverse: Tensor, z: Tensor, residual: Tensor, features: Tensor, sign: int) -> Tensor:
+    """Add gradients to Σ g_i g_iᵀ + λI, or take them away (``sign`` −1): change its inverse in place, and return z."""
+    atoms = (residual[:, :, None] * features[:, None]).flatten(1)  # [·, p]
+    images = atoms @ inverse
+    inner = torch.eye(len(atoms)).to(atoms) + sign * (images @ atoms.T)
+    moved = torch.linalg.solve(inner, images)
+    inverse.addmm_(images.T, moved, alpha=-sign)
+    return z - sign * (atoms @ z) @ moved
+
+
 def _solve_nonnegative(factor: "Cholesky", right: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows with a positive weight and their weights, starting from ``weights`` and 0 for the last row."""
     stay = torch.arange(len(right), device=right.device)
     weights = torch.cat([weights, weights.new_zeros(1)])
     solution = factor.solve(right)
     while not (solution > 0).all():
-        # how far each weight may go towards the solution until it is zero; one that begins there, 0/0, may not go
-        share = weights / (weights - solution)
-        share = share.nan_to_num(0.0)
-        share = share.where(solution <= 0, torch.inf)
-        first = int(share.argmin())
-        weights = weights + share[first] * (solution - weights)
+        weights, first = _towards(solution, weights)
         factor.remove(first)
         rest = torch.arange(len(stay), device=stay.device) != first
         stay = stay[rest]
         weights = weights[rest]
         solution = factor.solve(right[stay])
     return stay, solution
+
+
+def _towards(solution: Tensor, weights: Tensor) -> tuple[Tensor, int]:
+    """Walk from the weights towards the solution until the first of them is zero; return where, and which it is."""
+    share = weights / (weights - solution)
+    share = share.nan_to_num(0.0)  # one that begins at zero, 0/0, may not go
+    share = share.where(solution <= 0, torch.inf)
+    first = int(share.argmin())
+    return weights + share[first] * (solution - weights), first
 
 
 class Cholesky:
