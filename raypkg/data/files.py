@@ -113,15 +113,6 @@ class _Remote:
     def resolve(self) -> "_Remote":
         return self  # object stores have no links
 
-    def below(self) -> Iterator["_Remote"]:
-        for place in self.iterdir():
-            if place.is_file():
-                yield place
-            yield from place.below()
-
-    def open_input(self) -> pa.NativeFile:
-        return self.listing.system.open_input_file("/".join([self.listing.root, *self.names]))
-
 
 Place: TypeAlias = Path | _Remote
 
@@ -140,7 +131,10 @@ def files_below(folder: Place, suffixes: Collection[str]) -> list[Place]:
         UserError: an unreadable folder below, or a link that leads nowhere, a pipe or a device with such a suffix.
     """
     if not isinstance(folder, Path):
-        return [file for file in folder.below() if file.suffix.lower() in suffixes]
+        depth = len(folder.names)
+        inside = [names for names in sorted(folder.listing.files) if names[:depth] == folder.names != names]
+        remote = [_Remote(folder.listing, names) for names in inside]
+        return [place for place in remote if place.suffix.lower() in suffixes]
 
     def refuse(error: OSError) -> None:
         raise UserError(f"folder {error.filename!r} cannot be read: {error.strerror}")
@@ -157,7 +151,9 @@ def files_below(folder: Place, suffixes: Collection[str]) -> list[Place]:
 
 def open_input(file: Place) -> pa.NativeFile:
     """Open a file for reading at any position; raises OSError."""
-    return pa.OSFile(os.fsencode(file)) if isinstance(file, Path) else file.open_input()
+    if isinstance(file, Path):
+        return pa.OSFile(os.fsencode(file))
+    return file.listing.system.open_input_file("/".join([file.listing.root, *file.names]))
 
 
 def identity_of(file: Place) -> tuple[str, int, int]:

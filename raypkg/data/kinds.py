@@ -46,9 +46,9 @@ class Kind(ABC):
         """Return random model inputs, the same in every call."""
         return torch.randn(count, *shape, generator=generator(0, "probe"))
 
-    @abstractmethod
     def words(self, shape: Shape) -> str:
         """Describe a shape for people."""
+        return " × ".join(map(str, shape))
 
 
 class _Images(Kind):
@@ -77,9 +77,6 @@ class _Images(Kind):
     def fits(self, x: Tensor, shape: Shape) -> bool:
         return x.dtype == torch.uint8 and x.shape[1:] == shape
 
-    def words(self, shape: Shape) -> str:
-        return " × ".join(map(str, shape))
-
 
 class _Rows(Kind):
     """Stored as float32 [b, D]."""
@@ -97,9 +94,6 @@ class _Rows(Kind):
 
     def fits(self, x: Tensor, shape: Shape) -> bool:
         return x.is_floating_point() and x.shape[1:] == shape
-
-    def words(self, shape: Shape) -> str:
-        return str(shape[0])
 
 
 class _Texts(Kind):
@@ -188,8 +182,16 @@ class Moments:
         step = max(1, self.pixels_at_once // samples.shape[1]) if pixels else self.rows_at_once
         for start in range(0, len(samples), step):
             chunk = samples[start : start + step]
-            if pixels:
-                n, mean, m2 = _moments_of_lines(chunk, channels)
+            if pixels:  # exact sums of integers
+                wide = chunk.astype(np.uint16)  # holds the square of a byte
+                sums = wide.sum(0, dtype=np.int64).reshape(-1, channels).sum(0).tolist()
+                wide *= wide
+                squares = wide.sum(0, dtype=np.int64).reshape(-1, channels).sum(0).tolist()
+                n = chunk.size // channels
+                mean = np.array(sums) / (255 * n)
+                # Python's integers do not overflow: M₂ = Σx² − (Σx)²/n, rounded once.
+                pairs = zip(sums, squares, strict=True)
+                m2 = np.array([(n * square - total**2) / (255**2 * n) for total, square in pairs])
             else:
                 rows = chunk.astype(np.float64)
                 n = len(rows)
@@ -217,15 +219,3 @@ class Moments:
         """The standard deviation per channel; 1 for a constant channel, so that dividing by it is harmless."""
         std = np.sqrt(self._m2 / self._n)
         return tuple(np.where(std > SMALLEST, std, 1.0).tolist())
-
-
-def _moments_of_lines(lines: np.ndarray, channels: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """Return n, mean and ``M₂`` per channel of lines of pixels [m, W·C], by exact sums of integers."""
-    wide = lines.astype(np.uint16)  # holds the square of a byte
-    sums = wide.sum(0, dtype=np.int64).reshape(-1, channels).sum(0).tolist()
-    wide *= wide
-    squares = wide.sum(0, dtype=np.int64).reshape(-1, channels).sum(0).tolist()
-    n = lines.size // channels
-    # Python's integers do not overflow: M₂ = Σx² − (Σx)²/n, rounded once.
-    m2 = [(n * square - total**2) / (255**2 * n) for total, square in zip(sums, squares, strict=True)]
-    return n, np.array(sums) / (255 * n), np.array(m2)

@@ -67,19 +67,6 @@ class Shifted(nn.Module):
         return self.norm(x) + shift[:, None, None]
 
 
-def stage(channels: int, out: int, pool: int, norm: Norm) -> list[nn.Module]:
-    """Return two 3 × 3 convolutions, with a max-pool after the first."""
-    return [
-        dirac(channels, out),
-        nn.MaxPool2d(pool),
-        Shifted(out, norm),
-        nn.GELU(),
-        dirac(out, out),
-        Shifted(out, norm),
-        nn.GELU(),
-    ]
-
-
 def dirac(channels: int, out: int) -> nn.Conv2d:
     """Return a 3 × 3 convolution whose first channels are its inputs (Section 3.3)."""
     convolution = nn.Conv2d(channels, out, 3, padding=1, bias=False)
@@ -121,7 +108,8 @@ def airbench(shape: Shape, num_classes: int, *, width: Width = 64, norm: Norm = 
     before = len(whitened.bias)
     for out in (width, 4 * width, 4 * width):
         pool = 2 if side > 3 else 1  # what a 3 × 3 kernel sees is to be more than padding
-        layers += stage(before, out, pool, norm)
+        layers += [dirac(before, out), nn.MaxPool2d(pool), Shifted(out, norm), nn.GELU()]
+        layers += [dirac(out, out), Shifted(out, norm), nn.GELU()]
         side //= pool
         before = out
     features = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), Cooled())

@@ -1,7 +1,5 @@
 """Every classification network of torchvision that ends in a linear layer, as ``torchvision:NAME``."""
 
-from typing import Any
-
 from torch import nn
 
 from raypkg.core.errors import UserError, unknown
@@ -10,11 +8,7 @@ from . import model
 from .classifier import as_classifier
 from .layers import Shape, image_shape
 
-# With their auxiliary classifiers these two return more than logits while training.
-PLAIN: dict[str, dict[str, Any]] = {
-    "googlenet": {"aux_logits": False, "init_weights": True},
-    "inception_v3": {"aux_logits": False, "init_weights": True},
-}
+AUXILIARY = ("googlenet", "inception_v3")  # with these classifiers, they return more than logits while training
 
 
 @model("torchvision", source="https://docs.pytorch.org/vision/stable/models.html")
@@ -40,7 +34,8 @@ def torchvision(shape: Shape, num_classes: int, *, variant: str = "", weights: s
     if channels != 3:
         raise UserError(f"input shape {shape}: the models of torchvision take 3 channels")
     if not weights:
-        return models.get_model(variant, weights=None, num_classes=num_classes, **PLAIN.get(variant, {}))
+        plain = {"aux_logits": False, "init_weights": True} if variant in AUXILIARY else {}
+        return models.get_model(variant, weights=None, num_classes=num_classes, **plain)
 
     known = models.get_model_weights(variant)
     allowed = ["DEFAULT", *(each.name for each in known)]
