@@ -2,8 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -58,17 +57,14 @@ class Recomputed(nn.Module):
         forward = super().forward
         if not (self.training and torch.is_grad_enabled()):
             return forward(*args, **options)
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=partial(_contexts, self), **options)
-
-
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of the first and of the second pass, in which batch norms leave their statistics alone."""
-    norms = [part for part in block.modules() if getattr(part, "track_running_stats", False)]
-    return nullcontext(), _without_statistics(norms)
+        passes = (nullcontext(), _without_statistics(self))
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: passes, **options)
 
 
 @contextmanager
-def _without_statistics(norms: list[Any]) -> Iterator[None]:
+def _without_statistics(block: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch norms as they are: the first pass has updated them."""
+    norms: list[Any] = [part for part in block.modules() if getattr(part, "track_running_stats", False)]
     before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0  # of the new statistics

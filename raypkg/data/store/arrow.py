@@ -53,6 +53,14 @@ class Header:
         columns = {"x": x, "y": pa.int64()} | ({"id": pa.int64()} if self.has_ids else {})
         return pa.schema(columns, metadata={"effray": json.dumps({"format": FORMAT, **asdict(self)})})
 
+    @property
+    def stored(self) -> tuple[type, tuple[int, ...]]:
+        """The type and shape of a row, float32 [D], or of pixels as they are stored, uint8 [H, W, C]."""
+        if self.kind == "rows":
+            return np.float32, self.shape
+        channels, height, width = self.shape
+        return np.uint8, (height, width, channels)
+
     @classmethod
     def of(cls, schema: pa.Schema) -> "Header":
         """Read the header back from a schema; raises ArrowInvalid if it is of another format."""
@@ -93,7 +101,8 @@ class Stored(ABC):
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Gather pixels [b, H, W, C] or rows [b, D]."""
-        out: np.ndarray = np.empty((len(indices), *self.sample_shape), self.dtype)
+        dtype, shape = self.header.stored
+        out: np.ndarray = np.empty((len(indices), *shape), dtype)
         for here, local, column in self._touched(indices):
             out[here] = self.view(column)[local]
         return out
@@ -132,23 +141,10 @@ class Stored(ABC):
 
     def view(self, column: pa.Array) -> np.ndarray:
         """Return a column of pixels or rows as an array over its own memory, without a copy."""
-        shape = (len(column), *self.sample_shape)
+        dtype, shape = self.header.stored
         values = column.buffers()[-1]  # the others mark missing values; this may be padded beyond its values
-        flat: np.ndarray = np.frombuffer(values, self.dtype, count=math.prod(shape))
-        return flat.reshape(shape)
-
-    @property
-    def dtype(self) -> type:
-        """The type of pixels or rows."""
-        return np.float32 if self.header.kind == "rows" else np.uint8
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """The stored shape of pixels, [H, W, C], or of a row, [D]."""
-        if self.header.kind == "rows":
-            return self.header.shape
-        channels, height, width = self.header.shape
-        return height, width, channels
+        flat: np.ndarray = np.frombuffer(values, dtype, count=len(column) * math.prod(shape))
+        return flat.reshape(len(column), *shape)
 
 
 Gather = Callable[[Stored, np.ndarray], np.ndarray]
