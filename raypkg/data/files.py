@@ -125,11 +125,7 @@ def place_of(root: str) -> Place:
 
 
 def files_below(folder: Place, suffixes: Collection[str]) -> list[Place]:
-    """Return the files below a folder with some suffixes, sorted.
-
-    Raises:
-        UserError: an unreadable folder below, or a link that leads nowhere, a pipe or a device with such a suffix.
-    """
+    """Return the files below a folder with some suffixes, sorted; refuse a folder or file that cannot be read."""
     if not isinstance(folder, Path):
         depth = len(folder.names)
         inside = [names for names in sorted(folder.listing.files) if names[:depth] == folder.names != names]

@@ -258,11 +258,7 @@ def check_labels(y: np.ndarray, num_classes: int, name: Callable[[int], str]) ->
 
 
 def repeated(names: Iterable[str]) -> str | None:
-    """Return the first name that occurs twice, or None.
-
-    >>> repeated(["cat", "dog", "dog"]), repeated(["cat", "dog"])
-    ('dog', None)
-    """
+    """Return the first name that occurs twice, or None."""
     counts = Counter(names)
     return next((name for name, times in counts.items() if times > 1), None)
 

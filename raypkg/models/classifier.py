@@ -53,15 +53,10 @@ def classifier(model: nn.Module, what: str) -> Classifier:
 
 
 def as_classifier(module: nn.Module) -> Classifier:
-    """Split a module at its last ``nn.Linear``, which becomes the head; an ``nn.Identity`` takes its place.
-
-    Its ``trained_with`` is kept.
-    """
+    """Split a module at its last ``nn.Linear``, which becomes the head; an ``nn.Identity`` takes its place."""
     path, head = last_linear(module)
-    features = module
-    if module is head:
-        features = nn.Identity()
-    else:
+    features = nn.Identity() if module is head else module
+    if module is not head:
         module.set_submodule(path, nn.Identity())
     split = Classifier(features, head)
     split.trained_with = getattr(module, "trained_with", None)

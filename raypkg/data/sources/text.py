@@ -207,12 +207,11 @@ class TextTable:
         kind = labels.type
         if not (pa.types.is_integer(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind)):
             raise UserError(f"label column {self.label!r} of {self._name!r} is {kind}, needed are integers or texts")
-        first = pc.index(_missing(labels), True).as_py()
-        if first >= 0:
+        if (first := pc.index(_missing(labels), True).as_py()) >= 0:
             raise UserError(f"{self._place(first)} has no {self.missing}")
         if pa.types.is_large_string(kind):
-            first = pc.index(pc.greater(pc.binary_length(labels), LONGEST_CLASS), True).as_py()
-            if first >= 0:
+            too_long = pc.greater(pc.binary_length(labels), LONGEST_CLASS)
+            if (first := pc.index(too_long, True).as_py()) >= 0:
                 raise UserError(f"{self._place(first)} has a label longer than {LONGEST_CLASS:,} bytes")
         return labels.to_pylist()
 
@@ -226,12 +225,11 @@ class TextTable:
 
     def check_like(self, train: TextTable) -> None:
         """Refuse columns or class names that differ from those of the train split."""
-        pairs = {
-            "text columns": (self.columns, train.columns),
-            "label column": (self.label, train.label),
-            "class names": (self._class_names, train._class_names),
-        }
-        for what, (ours, theirs) in pairs.items():
+        for what, ours, theirs in (
+            ("text columns", self.columns, train.columns),
+            ("label column", self.label, train.label),
+            ("class names", self._class_names, train._class_names),
+        ):
             if ours != theirs:
                 raise UserError(f"the {what} of {self._name!r}, {ours}, are not those of {train._name!r}, {theirs}")
 
@@ -243,8 +241,7 @@ class TextTable:
             if not pa.types.is_large_string(texts.type):
                 raise UserError(f"text column {name!r} of {self._name!r} is {texts.type}, needed are texts")
             blank = pc.equal(pc.utf8_trim_whitespace(texts), "")
-            first = pc.index(pc.fill_null(blank, True), True).as_py()
-            if first >= 0:
+            if (first := pc.index(pc.fill_null(blank, True), True).as_py()) >= 0:
                 raise UserError(f"{self._place(int(rows[first]))} has no text in {name!r}")
         columns = [chunk[name].to_pylist() for name in self.columns]
         return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
@@ -271,11 +268,7 @@ class TextTable:
 
 
 def new_texts(file: Place, columns: tuple[str, ...]) -> list[Text]:
-    """Return the texts or pairs of a file without labels: a line each of ``.txt``, or columns, by default usual ones.
-
-    Raises:
-        UserError: an unreadable file, no such columns, or a row without a text.
-    """
+    """Return the texts or pairs of a file without labels: lines of ``.txt``, or columns, by default usual ones."""
     if file.suffix == ".txt":
         with reading(file):
             check_read(f"texts {str(file)!r}", identity_of(file)[1])
