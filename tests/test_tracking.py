@@ -2,18 +2,19 @@
 
 import struct
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from raypkg.cli import main
+from raypkg.core.config import load_stored
 from raypkg.core.errors import UserError
+from raypkg.experiments.resolve import resolve
 from raypkg.experiments.train import TrainSettings
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
-from raypkg.runs.tracking import TRACKERS, package
+from raypkg.runs.tracking import TRACKERS
 
 RUN = ["train", "--model", "linear", "--train.epochs", "2", "--train.evaluate_every_epochs", "1", "--name", "one"]
 
@@ -47,27 +48,14 @@ def test_tensorboard_has_the_rows_by_epoch_and_the_summary(monkeypatch, tmp_path
     assert f"TensorBoard: tensorboard --logdir {tmp_path}/runs/train/one/tensorboard" in capsys.readouterr().out
 
 
-def test_mlflow_has_the_settings_the_rows_and_the_summary(monkeypatch, tmp_path, capsys, blank_pictures):
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    run = trained(monkeypatch, tmp_path, "--track", "mlflow", "--track.project", "mine")
-    client = mlflow.MlflowClient()
-    (kept,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
-    assert (kept.info.run_name, kept.info.status, kept.data.tags["group"]) == ("one", "FINISHED", "train")
-    assert (kept.data.params["model.name"], kept.data.params["train.epochs"]) == ("linear", "2")
-    losses = [(each.step, each.value) for each in client.get_metric_history(kept.info.run_id, "train/loss")]
-    assert losses == [(row["epoch"], row["loss"]) for row in run.rows]
-    assert kept.data.metrics["summary/test_accuracy"] == run.summary["test_accuracy"]
-    assert f"MLflow: mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db" in capsys.readouterr().out
-    assert sorted(path.name for path in Path().iterdir()) == ["mlflow.db", "runs"]
-
-
 def test_what_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(
-        UserError, match=r"track.name = mlflow needs the package 'mlflow': pip install 'effray\[mlflow\]'"
-    ):
-        package("mlflow")
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UserError, match=r"tensorboard needs the package 'tensorboardX': pip install 'effray\[tensorb"):
+        resolve(TrainSettings, {}, {"track.name": "tensorboard"})
+
+
+def test_a_run_that_was_tracked_by_mlflow_still_opens():
+    assert load_stored(TrainSettings, {"track": {"name": "mlflow", "project": "mine"}}).track.name is None
 
 
 def test_event_files_are_local():

@@ -294,10 +294,12 @@ class Cluster(Settings):
 class Track(Settings):
     """Tracking of metrics in addition to the run folder."""
 
-    name: Literal["wandb", "tensorboard", "mlflow"] | None = Field(
-        None, description="wandb (offline if there is no key), tensorboard or mlflow"
+    removed: ClassVar[Mapping[str, Any]] = {"name": "mlflow"}
+
+    name: Literal["wandb", "tensorboard"] | None = Field(
+        None, description="wandb (offline if there is no key) or tensorboard"
     )
-    project: str = Field("effray", min_length=1, description="W&B project or MLflow experiment")
+    project: str = Field("effray", min_length=1, description="W&B project")
     profile: bool = Field(False, description="trace steps of the second epoch: trace.json.gz, for ui.perfetto.dev")
 
 

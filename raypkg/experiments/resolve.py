@@ -22,7 +22,7 @@ from raypkg.core.address import is_uri
 from raypkg.core.config import Named, dotted, fields_of, load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.presets import with_preset, without
-from raypkg.core.registry import Lookup, heavy_imports, imported
+from raypkg.core.registry import Lookup, extra, heavy_imports, imported
 from raypkg.core.settings import Experiment, Model, RunSettings, Select, Target, Train
 from raypkg.data.sources import dataset
 from raypkg.engine import hook
@@ -149,9 +149,9 @@ def check_names(settings: RunSettings) -> None:
         if name := getattr(getattr(settings, "train", None), kind, None):
             imported(f"train.{kind}", name)
     if name := settings.track.name:
-        from raypkg.runs.tracking import package, wandb_settings
+        from raypkg.runs.tracking import TENSORBOARD, wandb_settings
 
-        _ = wandb_settings(settings.track) if name == "wandb" else package(name)  # which refuse what is wrong
+        _ = wandb_settings(settings.track) if name == "wandb" else extra(*TENSORBOARD)  # which refuse what is wrong
 
 
 def with_tokenizer(settings: R) -> R:

@@ -1,17 +1,15 @@
-"""Tracking of metrics in W&B, TensorBoard or MLflow; the only importer of them."""
+"""Tracking of metrics in W&B or TensorBoard; the only importer of them."""
 
-import logging
 import netrc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from raypkg.core.config import dotted, to_toml
+from raypkg.core.config import to_toml
 from raypkg.core.errors import UserError, shown
 from raypkg.core.registry import extra
 from raypkg.core.settings import RunSettings, Track
@@ -21,6 +19,7 @@ from .folder import RunFolder
 if TYPE_CHECKING:
     import wandb
 
+TENSORBOARD = ("tensorboardX", "tensorboard", "track.name = tensorboard")  # package, its extra, who needs it
 PATIENCE = 10  # seconds for the first answer of the W&B server, unless WANDB_INIT_TIMEOUT is set
 
 
@@ -115,7 +114,7 @@ class TensorBoard:
         if not folder.storage.local:
             raise UserError(f"track.name = tensorboard: {folder.storage.root} is remote, event files are local")
         self._files = folder.storage.local / "tensorboard"
-        self._writer = package("tensorboard").SummaryWriter(str(self._files))
+        self._writer = extra(*TENSORBOARD).SummaryWriter(str(self._files))
         self._writer.add_text("config", f"    {to_toml(settings)}".replace("\n", "\n    "))
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -134,48 +133,5 @@ class TensorBoard:
         self._writer.close()
 
 
-class MLflow:
-    """One MLflow run per run folder, where MLFLOW_TRACKING_URI says: by default a database in the working folder."""
-
-    def __init__(self, settings: RunSettings, folder: RunFolder, group: str):
-        self._mlflow = package("mlflow")
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        self._client = self._mlflow.MlflowClient()
-        tags = {"group": group, "folder": folder.storage.uri}
-        with self._one_line():
-            experiment = self._mlflow.set_experiment(settings.track.project).experiment_id
-            self._id = self._client.create_run(experiment, tags=tags, run_name=folder.name).info.run_id
-            self._mlflow.log_params(dotted(settings.model_dump(mode="json")), run_id=self._id)
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Log the numbers of a row of metrics."""
-        with self._one_line():
-            self._mlflow.log_metrics(_numbers(row), step=row.get("epoch", 0), run_id=self._id)
-
-    def finish(self, summary: Mapping[str, Any]) -> str:
-        """Log the numbers of the manifest and close; return the command that shows them."""
-        self.log({**summary, "phase": "summary"})
-        self.abandon("FINISHED")
-        return f"MLflow: mlflow ui --backend-store-uri {self._mlflow.get_tracking_uri()}"
-
-    def abandon(self, status: str = "FAILED") -> None:
-        """Close; nothing more is written."""
-        with self._one_line():
-            self._client.set_terminated(self._id, status)
-
-    @contextmanager
-    def _one_line(self) -> Iterator[None]:
-        try:
-            yield
-        except self._mlflow.exceptions.MlflowException as error:
-            raise UserError(f"MLflow: {str(error).splitlines()[0]}") from None
-
-
-def package(name: str) -> ModuleType:
-    """Import the package of TensorBoard or MLflow, without its telemetry, or say how to install it."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    return extra({"tensorboard": "tensorboardX"}.get(name, name), name, f"track.name = {name}")
-
-
-Tracker = Wandb | TensorBoard | MLflow
-TRACKERS: dict[str, type[Tracker]] = {"wandb": Wandb, "tensorboard": TensorBoard, "mlflow": MLflow}
+Tracker = Wandb | TensorBoard
+TRACKERS: dict[str, type[Tracker]] = {"wandb": Wandb, "tensorboard": TensorBoard}

@@ -20,7 +20,7 @@ from raypkg.runs.folder import RunFolder
 
 OTHERS = (
     "crest", "sparse", "predict", "evaluate", "diff", "export", "rm", "tune", "tune crest", "compare", "compare crest",
-    "report", "deltagrad", "deltagrad delete", "deltagrad stream", "tutorial", "doctor",
+    "report", "deltagrad", "deltagrad delete", "deltagrad stream", "tutorial",
 )  # fmt: skip
 COMMANDS = ("", "lipt", "train", "show", "list", "data", "methods")
 SHORT = "--model linear --pretrain.models 2 --pretrain.epochs 1 --train.epochs 2"
@@ -362,28 +362,6 @@ def test_methods_lists_everything(effray, call):
         assert re.search(r"^│ gradmatch +│", text, re.MULTILINE) and "arXiv:2103.00123" in text
         assert ("glister" in text) == (name == "coreset")
     assert "did you mean 'gradmatch'?" in call("effray methods gradmach").err
-
-
-def test_the_doctor_reports_what_a_bug_report_needs(call, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    told = call("effray doctor")
-    assert told.code == 0 and "the cluster at 127.0.0.1:1 is not reachable" in told.out
-    heads = (
-        "effray ",
-        "effray ",
-        "processor:",
-        "GPUs:",
-        "memory:",
-        "Ray:",
-        "runs:",
-        "data cache:",
-        "training: accuracy 9",
-    )
-    for line, head in zip(told.out.splitlines(), heads, strict=True):
-        assert line.startswith(head)
-    assert not [*tmp_path.iterdir()]
-    monkeypatch.setattr("raypkg.engine.loop.evaluate", lambda model, split: {"accuracy": 0.1})
-    assert call("effray doctor").code == 1
 
 
 def test_there_is_one_version_number(call):
