@@ -11,24 +11,35 @@ import pytest
 import torch
 
 from raypkg.cli import main
+from raypkg.cli.runs import folded
 from raypkg.cluster.trials import Paced, TrialProcess
 from raypkg.core.config import load_settings, read_toml
 from raypkg.core.errors import UserError
-from raypkg.experiments import experiment
 from raypkg.experiments.train import TrainSettings
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.runs.catalog import remove, runs_of
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.folder import create as create_run
-from raypkg.runs.show import terminal
 from raypkg.runs.storage import Storage
 from raypkg.studies import plots
 from raypkg.studies.driver import run_trial
-from raypkg.studies.figures import TrialRun, estimated, front, measured_points, paired_difference, ranked
+from raypkg.studies.outcomes import estimated, front, paired_difference
 from raypkg.studies.show import conclude, show_study, write_page
-from raypkg.studies.study import Order, Record, Study, Trial, as_table, create_study, find_study, folded, is_study
+from raypkg.studies.start import check_counts, resume_study
+from raypkg.studies.study import (
+    Order,
+    Record,
+    Study,
+    Trial,
+    TrialRun,
+    as_table,
+    create_study,
+    find_study,
+    is_study,
+    measured_points,
+    ranked,
+)
 from raypkg.studies.tables import current_function
-from raypkg.studies.tune import Space, order_of, resume_sweep
 
 ORDER = Order(experiment="crest", metric="accuracy", mode="max", samples=4)
 TAUS = [0.01, 0.02, 0.03, 0.04]
@@ -240,13 +251,13 @@ def test_a_difference_is_taken_seed_by_seed():
     found = paired_difference(values, baseline)
     assert found.mean == pytest.approx(2.0)
     # Differences 1, 2 and 3 have s = 1; the printed quantile for two degrees of freedom is 4.302653.
-    assert found.half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert found.spread == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
 
 
 def test_one_seed_has_no_interval_and_none_no_difference():
     assert paired_difference({0: 2.0}, {0: 1.0}).mean == 1.0
-    assert math.isnan(paired_difference({0: 2.0}, {0: 1.0}).half)
-    assert math.isnan(estimated([3.0]).std)
+    assert math.isnan(paired_difference({0: 2.0}, {0: 1.0}).spread)
+    assert math.isnan(estimated([3.0]).spread)
     assert paired_difference({0: 2.0}, {1: 1.0}) is None
     assert estimated([]) is None
 
@@ -298,7 +309,7 @@ def test_a_trial_that_ends_while_the_sweep_is_shown_has_no_results_yet(sweep, mo
     monkeypatch.setattr(Study, "state", lambda *_: "done")  # read after the folders of the runs
     for number in range(2):
         remove(sweep.run_storage(number))
-    show_study(sweep, terminal())
+    show_study(sweep)
     assert "best: s-002, accuracy 0.3" in capsys.readouterr().out
 
 
@@ -359,7 +370,7 @@ def test_a_study_appears_with_all_of_its_files_or_not_at_all(tmp_path, monkeypat
 @pytest.mark.parametrize("count", [-1, 0, 10_001, 10**40])
 def test_there_are_1_to_10000_trials(option, count):
     with pytest.raises(UserError, match=rf"--{option} {str(count)[:5]}.*: at least 1 and at most 10,000"):
-        order_of("train", {option: count}, Space(text="", domains={}, metric="accuracy", mode="max"))
+        check_counts({option: count})
 
 
 @pytest.mark.parametrize("more", [[], ["--resume", "s"]])
@@ -403,7 +414,7 @@ def test_a_sweep_of_an_earlier_version_is_shown_and_resumed(tmp_path, capsys, mo
     monkeypatch.setattr("raypkg.cluster.session.connect", lambda *_, **__: None)
     monkeypatch.setattr("raypkg.cluster.capacity.trial_size", lambda *_: None)
     monkeypatch.setattr("raypkg.studies.driver.Driver.run", lambda driver: resumed.append([*driver.domains]))
-    resume_sweep(experiment["lipt"], {"concurrent": 1}, "old", {}, str(tmp_path))
+    resume_study("old", "effray tune lipt", {"concurrent": 1}, {}, str(tmp_path))
     assert resumed == [["select.rule"]]
     assert find_study(str(tmp_path), "old").order.concurrent == 1
 

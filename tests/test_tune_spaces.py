@@ -19,10 +19,9 @@ from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.resolve import check_names
 from raypkg.methods.sparse.settings import SparseSettings
 from raypkg.studies.driver import varied
-from raypkg.studies.figures import METRICS
-from raypkg.studies.tables import shipped_files
-from raypkg.studies.tune import SPACES as FOLDER
-from raypkg.studies.tune import Space, check_space, open_space, read_space, space_of
+from raypkg.studies.spaces import SPACES as FOLDER
+from raypkg.studies.spaces import Space, check_space, open_space, read_space, space_of
+from raypkg.studies.tables import METRICS, shipped_files
 
 N = 45_000  # training samples
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))
@@ -85,7 +84,7 @@ def test_a_space_of_too_many_values_is_refused_before_they_are_tried():
 
 
 def test_ray_is_confined_before_a_space_imports_it():
-    code = "from raypkg.studies.tune import open_space; open_space('crest')"
+    code = "from raypkg.studies.spaces import open_space; open_space('crest')"
     environment = {name: value for name, value in os.environ.items() if name != LOOPBACK}
     ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
     assert "Ray was imported before effray" not in ended.stderr

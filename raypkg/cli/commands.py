@@ -80,12 +80,11 @@ def show(run: str, root: str, against: str | None, form: str | None) -> None:
         effray lipt --name first && effray show first
     """
     from raypkg.runs.catalog import locate
-    from raypkg.runs.show import show_run as print_run
-    from raypkg.runs.show import terminal
+    from raypkg.runs.show import show_run, terminal
     from raypkg.studies.show import show_resumption, show_study, written
     from raypkg.studies.study import Study, is_study
 
-    from .execute import show_how_far
+    from .execute import show_unfinished
 
     folder = locate(root, run)
     if form:
@@ -99,8 +98,8 @@ def show(run: str, root: str, against: str | None, form: str | None) -> None:
         raise UserError(f"--against: {sweeps[0]} is a sweep, and only runs are compared")
     if sweeps:
         study = Study(folder.storage)
-        show_study(study, terminal())
-        show_resumption(study, root, terminal())
+        show_study(study)
+        show_resumption(study, root)
         return
     comparison = None
     if other:
@@ -108,9 +107,9 @@ def show(run: str, root: str, against: str | None, form: str | None) -> None:
 
         comparison = compare(folder, other)
     if folder.summary is None:
-        show_how_far(folder, root)
+        show_unfinished(folder, root)
         return
-    print_run(folder, terminal())
+    show_run(folder, terminal())
     if comparison:
         terminal().print(comparison)
 

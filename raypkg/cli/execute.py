@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from math import ceil
 from typing import Any
 
 from click import Group, get_current_context
@@ -12,15 +14,16 @@ from raypkg.core.errors import Interruption, UserError, shown
 from raypkg.core.memory import readable
 from raypkg.core.presets import departures
 from raypkg.core.registry import Entry
-from raypkg.core.settings import APART, Cluster, Experiment, RunSettings, Training
+from raypkg.core.settings import APART, Experiment, RunSettings, Training
 from raypkg.experiments import carry_out, experiment, open_run, settings_of
 from raypkg.experiments.phases import stages_of, step_memory, with_workers
 from raypkg.experiments.resolve import resolve, selection_of, stored_settings
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.train import EmbedSettings, SelectSettings, planned
+from raypkg.runs.document import Grid
 from raypkg.runs.folder import RunFolder, check_new, create
 from raypkg.runs.report import Stage
-from raypkg.runs.show import show_run, show_unfinished, terminal
+from raypkg.runs.show import print_grid, show_run, terminal
 from raypkg.runs.storage import Storage
 
 from .options import say
@@ -107,12 +110,12 @@ def resume_command(folder: RunFolder, root: str) -> str:
     return resuming(f"effray {name}{train}", storage, root)
 
 
-def show_how_far(folder: RunFolder, root: str) -> None:
-    """Print the progress of an unfinished run's phases, whether a process is working on it, and how to resume it.
+def show_unfinished(folder: RunFolder, root: str) -> None:
+    """Print the progress of a run's phases, its last write, and the command that resumes it, or why none does.
 
     The code that its settings name is not imported.
     """
-    from raypkg.runs.catalog import state_of
+    from raypkg.runs.catalog import DONE, GOING, STATES, ago, state_of
     from raypkg.studies.study import study_around
 
     stages: list[Stage] = []
@@ -128,7 +131,40 @@ def show_how_far(folder: RunFolder, root: str) -> None:
         resume = resume_command(folder, root)
     except UserError as error:
         resume = f"nothing: {error}"
-    show_unfinished(folder, stages, state_of(storage), resume, terminal())
+    state = state_of(storage)
+    console = terminal()
+    console.print(f"{folder.name}: not finished, {STATES[state]}", soft_wrap=True)
+
+    # A row for each planned phase in order, then for others with results: state, progress, last figures.
+    table = []
+    finished = [file.removesuffix(".json") for file in folder.storage.list("phases")]
+    plans = {stage.phase: stage for stage in stages}
+    phases = dict.fromkeys([*plans, *(row["phase"] for row in folder.rows), *finished])
+    present = next((phase for phase in phases if phase not in finished), None)
+    for phase in phases:
+        plan = plans.get(phase, Stage(phase))
+        rows = [row for row in folder.rows if row["phase"] == phase]
+        is_done = phase in finished
+        done = plan.models if is_done else sum(row["epoch"] == ceil(plan.epochs) for row in rows)
+        progress = DONE if is_done else state if phase == present else "to come"
+        models = f"{done} of {plan.models}" if plan.models > 1 else "–"
+        epochs = f"{len(rows):,}{f' of {plan.rows:,}' if plan.rows else ''}" if rows or plan.rows else "–"
+        last: dict[str, Any] = {}  # of each figure the latest
+        for row in rows:
+            last |= row
+        loss = f"{last['loss']:.3f}" if "loss" in last else "–"
+        measured = f"{last['accuracy']:.1%}" if "accuracy" in last else "–"
+        if "perplexity" in last:
+            measured = f"perplexity {last['perplexity']:.2f}"
+        table.append([phase, progress, models, epochs, loss, measured])
+    print_grid(Grid("", ["phase", "state", "models", "epochs", "loss", "accuracy"], table))
+    with suppress(UserError):  # a run that is going may delete a folder while it is listed
+        if times := folder.storage.times(recursive=True):
+            newest = max(times, key=times.__getitem__)
+            console.print(f"last written {ago(times[newest])} ago: {newest}", soft_wrap=True)
+    if state != GOING:
+        console.print(f"resume with: {resume}", soft_wrap=True)
+    console.print(folder.storage.root, style="dim", soft_wrap=True)
 
 
 # `--dry-run`: the settings of a new run as a TOML file, with its plan in comments; nothing is started
@@ -227,17 +263,15 @@ def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], stor
         needed = step_memory(model, train, batch, training)
         terms = " + ".join(f"{name} {readable(size)}" for name, size in needed.items())
         yield f"memory of training: {readable(sum(needed.values()))} = {terms}"
-    yield f"workers: {_workers(settings.cluster)}"
-
-
-def _workers(cluster: Cluster) -> str:
-    """Return number and size of the workers by the settings alone, without a cluster."""
+    # Number and size of the workers by the settings alone, without a cluster
+    cluster = settings.cluster
     cpus = cluster.cpus_without_gpu
     threads = f"{cpus} thread" + "s" * (cpus > 1)
     if cluster.workers == 0:
-        return f"none, this process with {threads}"
-    count = cluster.workers or "as many as the cluster has and the batches allow, at most 8"
+        yield f"workers: none, this process with {threads}"
+        return
+    several = cluster.workers or "as many as the cluster has and the batches allow, at most 8"
     gpus = "a GPU where there are any" if cluster.gpus_per_worker is None else f"{cluster.gpus_per_worker:g} GPUs"
     if cluster.cpus_per_worker is None and cluster.gpus_per_worker != 0:
         threads = "1 thread (with a GPU, a share of its node's CPUs)"
-    return f"{count}; {threads} and {gpus} each"
+    yield f"workers: {several}; {threads} and {gpus} each"

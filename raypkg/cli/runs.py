@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -13,7 +15,8 @@ from raypkg.experiments import experiment, settings_of
 
 from .options import PLACE, ExampleHelp, confirmed, say
 
-if TYPE_CHECKING:  # it imports pyarrow, which `--help` does not need
+if TYPE_CHECKING:  # they import pyarrow, which `--help` does not need
+    from raypkg.runs.catalog import Listed
     from raypkg.runs.storage import Storage
 
 # Files, by their paths, that a run or sweep may hold
@@ -37,8 +40,12 @@ def list_runs(kind: str | None, root: str, last: int | None, as_json: bool) -> N
     Example:
         effray list --last 20
     """
-    from raypkg.runs.catalog import in_columns, runs_of
-    from raypkg.studies.study import FOLDER, folded
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from raypkg.runs.catalog import ago, runs_of
+    from raypkg.runs.show import print_wide
+    from raypkg.studies.study import FOLDER
 
     kinds = experiment.names
     if kind and kind not in (*kinds, FOLDER):
@@ -50,9 +57,72 @@ def list_runs(kind: str | None, root: str, last: int | None, as_json: bool) -> N
     if as_json:
         say(json.dumps([line._asdict() for line in lines[:last]], indent=2))
         return
-    of_kind = f" of {kind}" if kind else ""
-    texts = in_columns(lines[:last]) if lines else [f"no runs{of_kind} in {root}"]
-    say("\n".join(texts))
+    if not lines:
+        say(f"no runs{f' of {kind}' if kind else ''} in {root}")
+        return
+    table = Table("run", "state", "data", "model", "method", box=SIMPLE, show_edge=False, pad_edge=False)
+    for heading in ("accuracy", "backward", "seconds", "age"):
+        table.add_column(heading, justify="right")
+    for line in lines[:last]:
+        accuracy = "–" if line.accuracy is None else f"{line.accuracy:.2%}"
+        backward = "–" if line.backward is None else f"{line.backward:,}"
+        seconds = "–" if line.seconds is None else f"{line.seconds:,.1f}"
+        table.add_row(*line[1:6], accuracy, backward, seconds, ago(line.time))
+    print_wide(table)
+
+
+def folded(root: str, lines: Iterable[Listed]) -> list[Listed]:
+    """Replace the lines of trials by a line for each study: accuracy of the best trial, cost of all.
+
+    Seconds are those of finished trials, as one that was stopped early has no bill of them.
+    """
+    from raypkg.runs.catalog import DONE, RECORD, Listed, is_study, named, state_of, unreadable
+    from raypkg.runs.storage import Storage
+    from raypkg.studies.study import FOLDER, RESULTS, Study, ranked
+
+    runs = {(line.experiment, line.name): line for line in lines}
+    studies = Storage(root) / FOLDER
+    try:
+        names, folds = studies.list(), []
+    except UserError:
+        names, folds = [], [unreadable(studies)]
+    for name in names:
+        folder, time = studies / name, None
+        try:
+            if not is_study(folder):
+                continue
+            time = max(folder.times().values(), default=0.0)
+            study = Study(folder)
+            config = study.config
+            table = study.storage.read_table(RESULTS)
+            state = state_of(study.storage) if study.left() else DONE
+        except UserError:
+            bad = Listed(FOLDER, name, f"bad {RECORD}", "–", "–", FOLDER, None, None, None, time or 0.0)
+            folds.append(unreadable(folder) if time is None else bad)
+            continue
+        places = [(study.experiment, study.run_name(number)) for number in range(len(study.trials))]
+        trials = {place[1]: runs.pop(place) for place in places if place in runs}
+        done = [trial for trial in trials.values() if trial.state == DONE]
+        metric = study.order.metric
+        rows = {row["run"]: row for row in ([] if table is None else table.to_pylist()) if row["run"] in trials}
+        measured = [rows[trial.name] for trial in done if rows.get(trial.name, {}).get(metric) is not None]
+        backward = [trial.backward or rows.get(name, {}).get("backward") or 0 for name, trial in trials.items()]
+        best = str(ranked(measured, metric, study.order.mode)[0]["run"]) if measured else ""
+        title = f"{name}: {len(done)} of {max(len(study.trials), study.order.samples)} trials done"
+        line = Listed(
+            experiment=study.experiment,
+            name=f"{title}, best {best}" if best else title,
+            state=state,
+            data=named(config, "dataset"),
+            model=named(config, "model"),
+            method=f"{FOLDER} {study.experiment}",
+            accuracy=trials[best].accuracy if best in trials else None,
+            backward=sum(backward) or None,
+            seconds=sum(trial.seconds or 0 for trial in done) if done else None,
+            time=max([time, *(trial.time for trial in trials.values())]),
+        )
+        folds.append(line)
+    return [*runs.values(), *folds]
 
 
 @click.command("rm", cls=ExampleHelp, params=[PLACE])
@@ -70,9 +140,26 @@ def remove_runs(runs: tuple[str, ...], root: str, trials: bool, yes: bool) -> No
         effray train --name useless && effray rm useless --yes
     """
     from raypkg.runs.catalog import locked, remove, to_delete
-    from raypkg.studies.study import with_studies
+    from raypkg.runs.storage import Storage
+    from raypkg.studies.study import Study, is_study, study_around
 
-    folders, to_lock = with_studies([to_delete(root, run) for run in runs], trials)
+    chosen = {storage.root: storage for storage in (to_delete(root, run) for run in runs)}  # by path: each once
+    of_trials: dict[str, Storage] = {}
+    around: dict[str, Storage] = {}  # studies that are locked while a trial of theirs is deleted
+    for storage in chosen.values():
+        if is_study(storage) and trials:
+            with suppress(UserError):  # a damaged record names no trials
+                study = Study(storage)
+                storages = [study.run_storage(number) for number in range(len(study.trials))]
+                existing = set(Storage(study.root, study.experiment).list())
+                of_trials |= {run.root: run for run in storages if run.name in existing}
+        elif not is_study(storage) and (of := study_around(storage)):
+            if not trials:
+                advice = f"--trials deletes it all the same, and `effray rm {of.name} --trials` the whole sweep"
+                raise UserError(f"{storage.name} is a trial of sweep {of.name!r}, which would run it again: {advice}")
+            around[of.storage.root] = of.storage
+    folders = [*(chosen | of_trials).values()]
+    to_lock = [*(chosen | of_trials | around).values()]
     for folder in folders:
         _check_ours(folder, root)
     with locked(to_lock):

@@ -68,16 +68,15 @@ def _tune_command(name: str) -> click.Command:
     def callback(
         config: Path | None, pairs: tuple[str, ...], label: str | None, resume: str | None, root: str, **given: Any
     ) -> None:
-        from raypkg.studies.tune import resume_sweep, start_sweep
+        from raypkg.studies.start import resume_study, start_sweep
 
         asked = {option: value for option in TUNE_OPTIONS if (value := given.pop(option)) is not None}
         values = overrides(schema, given, pairs)
         if resume is None:
             start_sweep(entry, asked, config, values, label, root)
-        elif config is not None or label is not None:
-            raise UserError(f"--resume {resume} keeps what was asked for: neither --config nor --name can change")
         else:
-            resume_sweep(entry, asked, resume, values, root)
+            fixed = {option: value for option, value in (("config", config), ("name", label)) if value is not None}
+            resume_study(resume, f"effray tune {name}", {**fixed, **asked}, values, root)
 
     options = [
         click.Option(["--space"], metavar="FILE|NAME", help=f"what to vary (default: {name})"),
@@ -133,7 +132,7 @@ def _compare_command(name: str) -> click.Command:
     def callback(
         config: Path | None, pairs: tuple[str, ...], label: str | None, resume: str | None, root: str, **given: Any
     ) -> None:
-        from raypkg.studies.compare import compare_rows, plan, resume_comparison
+        from raypkg.studies.start import plan, resume_study, start_comparison
 
         asked = {option: given.pop(option) for option in COMPARE_OPTIONS}
         concurrent, expected, dry = (given.pop(name) for name in ("concurrent", "expect", "dry"))
@@ -149,10 +148,9 @@ def _compare_command(name: str) -> click.Command:
             raise UserError(f"--rate {rate:g} does nothing without --dry-run")
         values = overrides(schema, given, pairs)
         if resume is not None:
-            fixed = {"config": config, "name": label, "dry-run": dry or None, **asked}
-            if option := next((option for option, value in fixed.items() if value not in (None, ())), None):
-                raise UserError(f"--resume {resume} keeps what was asked for: --{option} cannot change")
-            check(resume_comparison(resume, values, concurrent, name, root))
+            every = {"config": config, "name": label, "dry_run": dry or None, "concurrent": concurrent, **asked}
+            changed = {option: value for option, value in every.items() if value not in (None, ())}
+            check(resume_study(resume, f"effray compare {name}", changed, values, root))
             return
         scale = SCALES[0] if asked["scale"] is None else asked["scale"]
         rows, cases = _labels(asked["rows"]), _labels(asked["cases"])
@@ -174,7 +172,7 @@ def _compare_command(name: str) -> click.Command:
             say(f"{total} (each row: --dry-run)")
             if not confirmed(f"start {trials} trials"):
                 return
-        check(compare_rows(name, scale, chosen, concurrent, config, values, label, root))
+        check(start_comparison(name, scale, chosen, concurrent, config, values, label, root))
 
     seeds = ",".join(map(str, table.seeds))
     options = [

@@ -5,15 +5,13 @@ import os
 import shlex
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from glob import escape
 from typing import Any, NamedTuple
 
-from rich.cells import cell_len
-
-from raypkg.core.errors import UserError, printable, redacted, unknown
+from raypkg.core.errors import UserError, redacted, unknown
 
 from . import ROOT
 from .folder import CONFIG, ENVIRONMENT, GROWING, NAME, SUMMARY, Manifest, RunFolder, read_settings
@@ -32,9 +30,6 @@ STATES = {
     STOPPED: "no process is working on it",
     UNFINISHED: "and it is unknown whether a process is working on it: there are no locks here",
 }
-COLUMNS = ("run", "state", "data", "model", "method")
-FIGURES = ("accuracy", "backward", "seconds", "age")
-GAP = "   "
 
 
 def find(root: str, experiment: str, name: str) -> RunFolder:
@@ -227,27 +222,6 @@ def _rule_in(settings: Mapping[str, Any]) -> Any:
     return settings.get("rule") or settings.get("method")  # the name in earlier versions
 
 
-def in_columns(lines: Sequence[Listed]) -> list[str]:
-    """Return lines of text in columns below a heading; `rich` would take a second for a thousand."""
-    rows = [[*COLUMNS, *FIGURES]]
-    for line in lines:
-        accuracy = "–" if line.accuracy is None else f"{line.accuracy:.2%}"
-        backward = "–" if line.backward is None else f"{line.backward:,}"
-        seconds = "–" if line.seconds is None else f"{line.seconds:,.1f}"
-        texts = [" ".join(printable(text).split()) for text in line[1:6]]
-        rows.append([*texts, accuracy, backward, seconds, ago(line.time)])
-    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]  # some letters are two columns wide
-    lines_of_text = []
-    for row in rows:
-        cells = []
-        for place, (text, width) in enumerate(zip(row, widths, strict=True)):
-            space = " " * (width - cell_len(text))
-            cells.append(text + space if place < len(COLUMNS) else space + text)
-        lines_of_text.append(GAP.join(cells).rstrip())
-    rule = "─" * (sum(widths) + len(GAP) * (len(widths) - 1))
-    return [lines_of_text[0], rule, *lines_of_text[1:]]
-
-
 # Deletion
 
 
@@ -272,13 +246,12 @@ def to_delete(root: str, run: str) -> Storage:
     return _only(found, run)
 
 
-@contextmanager
-def locked(folders: Iterable[Storage]) -> Iterator[None]:
-    """Hold the locks of several folders, or refuse if a process is working on one of them."""
+def locked(folders: Iterable[Storage]) -> ExitStack:
+    """Return the locks of several folders, or refuse if a process is working on one of them."""
     with ExitStack() as locks:
         for storage in folders:
             locks.enter_context(storage.locked(f"{storage.parent.name}/{storage.name}"))
-        yield
+        return locks.pop_all()
 
 
 def remove(storage: Storage) -> None:

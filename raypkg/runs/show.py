@@ -1,9 +1,7 @@
 """A run as tables on the terminal: the costs and results of a finished one, the progress of an unfinished one."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from itertools import zip_longest
-from math import ceil
 from typing import Any
 
 from rich.box import SIMPLE
@@ -12,11 +10,11 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from raypkg.core.errors import UserError, printable, redacted
+from raypkg.core.errors import printable, redacted
 
 from .document import Grid
 from .folder import RunFolder
-from .report import Stage, utilisation
+from .report import utilisation
 
 WIDEST = 1000  # columns of a terminal
 INDENT = 2 * "\N{NO-BREAK SPACE}"
@@ -83,7 +81,7 @@ def cost_grid(title: str, phases: Sequence[Mapping[str, Any]]) -> Grid:
 
 
 def print_grid(grid: Grid) -> None:
-    """Print a table of any width: the terminal wraps its lines rather than cutting off figures."""
+    """Print a table of a run or study."""
     title = "; ".join(filter(None, [grid.title, grid.note]))
     table = Table(title=title or None, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
     table.show_footer = bool(grid.totals)
@@ -91,6 +89,11 @@ def print_grid(grid: Grid) -> None:
         table.add_column(heading, total, justify="right" if place else "left", vertical="bottom")
     for place, row in enumerate(grid.rows):
         table.add_row(*row, style="bold" if place in grid.emphasised else None)
+    print_wide(table)
+
+
+def print_wide(table: Table) -> None:
+    """Print a table of any width: the terminal wraps its lines rather than cutting off figures."""
     console = terminal()
     needed = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
     console.width = max(console.width, needed)
@@ -133,43 +136,3 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
 def tables(summary: Mapping[str, Any]) -> list[Grid]:
     """Return the tables of a finished run's own, such as an audit's worst samples."""
     return [Grid(**table) for table in summary.get("tables", ())]
-
-
-def show_unfinished(folder: RunFolder, stages: Sequence[Stage], state: str, resume: str, console: Console) -> None:
-    """Print the progress of an unfinished run, its last write, and the command that resumes it, or why none does."""
-    from .catalog import DONE, GOING, STATES, ago
-
-    console.print(f"{folder.name}: not finished, {STATES[state]}", soft_wrap=True)
-    # A row for each planned phase in order, then for others with results: state, progress, last figures.
-    table = []
-    finished = [file.removesuffix(".json") for file in folder.storage.list("phases")]
-    plans = {stage.phase: stage for stage in stages}
-    names = dict.fromkeys([*plans, *(row["phase"] for row in folder.rows), *finished])
-    present = next((name for name in names if name not in finished), None)
-    for name in names:
-        plan = plans.get(name, Stage(name))
-        rows = [row for row in folder.rows if row["phase"] == name]
-        done = sum(row["epoch"] == ceil(plan.epochs) for row in rows)
-        progress = state if name == present else "to come"
-        if name in finished:
-            progress, done = DONE, plan.models
-        models = f"{done} of {plan.models}" if plan.models > 1 else "–"
-        epochs = f"{len(rows):,}" if rows else "–"
-        if plan.rows:
-            epochs = f"{len(rows):,} of {plan.rows:,}"
-        last: dict[str, Any] = {}  # of each figure the latest
-        for row in rows:
-            last |= row
-        loss = f"{last['loss']:.3f}" if "loss" in last else "–"
-        measured = f"{last['accuracy']:.1%}" if "accuracy" in last else "–"
-        if "perplexity" in last:
-            measured = f"perplexity {last['perplexity']:.2f}"
-        table.append([name, progress, models, epochs, loss, measured])
-    print_grid(Grid("", ["phase", "state", "models", "epochs", "loss", "accuracy"], table))
-    with suppress(UserError):  # a run that is going may delete a folder while it is listed
-        if times := folder.storage.times(recursive=True):
-            newest = max(times, key=times.__getitem__)
-            console.print(f"last written {ago(times[newest])} ago: {newest}", soft_wrap=True)
-    if state != GOING:
-        console.print(f"resume with: {resume}", soft_wrap=True)
-    console.print(folder.storage.root, style="dim", soft_wrap=True)

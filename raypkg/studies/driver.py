@@ -1,48 +1,40 @@
-"""Running a study: checks beforehand, the driver that runs the trials that are left, and one trial.
-
-A trial runs in the process that Ray Tune gives it, or in the driver's.
-"""
+"""Running the trials of a study that are left, in the processes that Ray Tune gives them or in this one."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from rich.console import Console
 
-from raypkg.core.config import Settings, leaves, load_settings, load_stored, read_toml
-from raypkg.core.errors import Interruption, UserError, redacted, shown
+from raypkg.core.config import load_settings, load_stored
+from raypkg.core.errors import Interruption, UserError
 from raypkg.core.registry import imported
 from raypkg.core.seeds import derive
-from raypkg.core.settings import APART, Dataset, Experiment, RunSettings, Training
+from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import carry_out, experiment, open_run, training_settings_of
-from raypkg.experiments.phases import Donors, stages_of
-from raypkg.experiments.resolve import check_code, check_names, resolve
-from raypkg.experiments.samples import Samples
+from raypkg.experiments.phases import stages_of
+from raypkg.experiments.resolve import resolve
 from raypkg.runs import folder as run_folder
 from raypkg.runs.catalog import resuming
-from raypkg.runs.folder import CONFIG, RunFolder, read_settings
+from raypkg.runs.folder import CONFIG, RunFolder
 from raypkg.runs.plots import in_full
 from raypkg.runs.report import Stage
 from raypkg.runs.show import terminal
 from raypkg.runs.storage import Storage
 
-from .figures import AFTER, DONE, TrialRun
 from .show import conclude, show_study
-from .study import RECORD, Study, Values, find_study
-from .tables import METRICS, Table
+from .study import AFTER, DONE, Study, TrialRun, Values
+from .tables import Table
 
-if TYPE_CHECKING:  # they import Ray, which a mistake in the settings need not wait for
+if TYPE_CHECKING:  # it imports Ray, which a mistake in the settings need not wait for
     from raypkg.cluster.capacity import TrialSize
-    from raypkg.cluster.search import Proposals
 
 Trials = Sequence[tuple[int, Values]]  # numbers and settings
-MOST = 10_000  # trials of a study, and values of a setting: each is checked beforehand
 EVALUATE = "train.evaluate_every_epochs"  # 1 unless given: schedulers compare trials epoch by epoch
 E = TypeVar("E", bound=Experiment)
 WORST = 1e30  # finite, as schedulers take means
@@ -52,8 +44,8 @@ RowListener = Callable[[dict[str, Any]], None]
 class Driver:
     """Runs the trials of a study that are left, in a folder that the caller has locked; refuses those that cannot fit.
 
-    A searcher draws from ``domains``, those of a sweep's space. A comparison has none, but a table with the rows, cases
-    and seeds of this call.
+    A comparison has the table of this call, with its rows, cases and seeds. A sweep has the domains of its space, from
+    which a searcher draws. A new study whose trials cannot start is deleted.
     """
 
     def __init__(
@@ -61,13 +53,15 @@ class Driver:
         study: Study,
         settings: Experiment,
         root: str,
-        domains: Mapping[str, Any] | None = None,
         table: Table | None = None,
+        domains: Mapping[str, Any] | None = None,
+        *,
+        is_new: bool = False,
     ):
         self.study = study
         self.settings = settings
-        self.domains = domains or {}
         self.table = table
+        self.domains = domains or {}
         self.console = terminal()
         self.again = resuming(study.command, study.storage, root)
         # A trial may stand for several rows, and calls differ in their rows and seeds: titles name those of this one.
@@ -88,16 +82,19 @@ class Driver:
             from raypkg.cluster.session import connect
 
             workers = settings.cluster.workers or 1
-            connect(settings.cluster, dashboard=workers > 1 or torch.cuda.is_available())
-            self.size = trial_size(settings.cluster, study.order.concurrent)
+            try:
+                connect(settings.cluster, dashboard=workers > 1 or torch.cuda.is_available())
+                self.size = trial_size(settings.cluster, study.order.concurrent)
+            except BaseException:  # no cluster, or one too small
+                if is_new:
+                    study.storage.delete_folder()
+                raise
 
     def waiting(self) -> Trials:
         """Return the trials of this call that are to be run and whose settings are known."""
-        waiting = self.study.waiting()
-        if self.table is None:
-            return waiting
-        settings = dict(waiting)
-        return [(number, settings[number]) for number in self.titles if number in settings]
+        waiting = dict(self.study.waiting())
+        ours = self.titles if self.table else waiting
+        return [(number, waiting[number]) for number in ours if number in waiting]
 
     def left(self) -> int:
         """Return the number of trials still to run in this call."""
@@ -114,7 +111,7 @@ class Driver:
             raise type(error)(f"{error}; resume with: {self.again}") from error
         finally:
             conclude(self.study)
-        show_study(self.study, self.console, self.table)
+        show_study(self.study, self.table)
         left = self.left()
         if interrupted:
             raise Interruption(f"interrupted, {left} trials left; resume with: {self.again}")
@@ -160,13 +157,24 @@ class Driver:
                 self.ended(number, last.get("error"))
             return False
 
+        from raypkg.cluster.search import Proposals, constants, optuna
         from raypkg.cluster.trials import SCHEDULERS, run_trials
 
         order = study.order
+        if self.table:
+            proposals = Proposals(donors_first(waiting, stages_of(study.experiment, self.settings)))
+        else:  # Optuna learns from done trials, and proposes those without settings
+            searcher = None
+            if further and order.search == "optuna":
+                rows = [row for row in study.results(study.runs()) if row["state"] == DONE]
+                measured = [(row, row[order.metric]) for row in rows if row.get(order.metric) is not None]
+                seed = derive(self.settings.seed, "sweep", further[0])
+                searcher = optuna(self.domains, order.metric, order.mode, seed, measured)
+            proposals = Proposals(waiting, searcher, further, constants(self.domains))
         longest = longest_of(self.settings, self.domains, [values for _, values in waiting])
         interrupted = run_trials(
             partial(run_trial, root=study.storage.root, workers=self.size.workers),
-            self._proposals(waiting, further),
+            proposals,
             self.size,
             started=study.started,
             ended=self.ended,
@@ -180,21 +188,10 @@ class Driver:
         study.storage.delete_folder("ray")
         return interrupted
 
-    def _proposals(self, waiting: Trials, further: Sequence[int]) -> Proposals:
-        """Return the trials in the order in which they start; Optuna learns from done ones and proposes the rest."""
-        from raypkg.cluster.search import Proposals, constants, optuna
 
-        study = self.study
-        if self.table:
-            return Proposals(donors_first(waiting, stages_of(study.experiment, self.settings)))
-        searcher = None
-        if further and study.order.search == "optuna":
-            metric, mode = study.order.metric, study.order.mode
-            rows = [row for row in study.results(study.runs()) if row["state"] == DONE]
-            done = [(row, row[metric]) for row in rows if row.get(metric) is not None]
-            seed = derive(self.settings.seed, "sweep", further[0])
-            searcher = optuna(self.domains, metric, mode, seed, done)
-        return Proposals(waiting, searcher, further, constants(self.domains))
+def varied(base: E, values: Mapping[str, Any]) -> E:
+    """Return the shared settings with those of a trial; raise ``UserError`` if one is unknown or invalid."""
+    return load_settings(type(base), base.model_dump(mode="json"), values)
 
 
 def donors_first(trials: Trials, stages: Sequence[Stage]) -> Trials:
@@ -209,113 +206,6 @@ def donors_first(trials: Trials, stages: Sequence[Stage]) -> Trials:
     donors = set(first.values())
     seeds = list(dict.fromkeys(values["seed"] for _, values in trials))
     return sorted(trials, key=lambda trial: (seeds.index(trial[1]["seed"]), trial[0] not in donors))
-
-
-def reopened(root: str, name: str) -> Study:
-    """Open an existing study to run its trials; refuse code in its record that is not trusted."""
-    check_root(root)
-    study = find_study(root, name)
-    check_code(study.storage, study.config)
-    for trial in study.trials:
-        check_code(study.storage, trial.settings, RECORD)
-        check_code(study.storage, {"after": trial.after or ""}, RECORD)
-    return study
-
-
-def check_root(root: str) -> None:
-    """Refuse credentials in the root of all runs."""
-    if redacted(root) != root:
-        advice = "leave them to the environment, such as AWS_ACCESS_KEY_ID"
-        raise UserError(f"--root has credentials in it, which Ray Tune would keep in its own files: {advice}")
-
-
-# Checks before the first trial starts
-
-
-def base_of(schema: type[Settings], config: Path | None) -> dict[str, Any]:
-    """Return the settings in a file, with an evaluation after every epoch unless it says otherwise."""
-    base = read_toml(config) if config else {}
-    train = base.get("train", {})
-    if EVALUATE in dict(leaves(schema)) and isinstance(train, dict):
-        base["train"] = {"evaluate_every_epochs": 1, **train}
-    return base
-
-
-def check_counts(asked: Mapping[str, Any]) -> None:
-    """Refuse too few or too many trials, in all or at once."""
-    for option in ("samples", "concurrent"):
-        count = asked.get(option)
-        if count is not None and not 1 <= count <= MOST:
-            raise UserError(f"--{option} {shown(count)}: at least 1 and at most {MOST:,}")
-
-
-def varied(base: E, values: Mapping[str, Any]) -> E:
-    """Return the shared settings with those of a trial; raise ``UserError`` if one is unknown or invalid."""
-    return load_settings(type(base), base.model_dump(mode="json"), values)
-
-
-def check_trial(metric: str, base: Experiment, values: Values) -> int:
-    """Refuse settings of a trial that a single run would refuse, or with which no epoch would have the metric.
-
-    Return the number of its training samples.
-    """
-    from raypkg.experiments.coreset_files import load_coreset
-
-    trial = varied(base, values)
-    check_names(trial)
-    if METRICS[metric].held_out:
-        if not trial.dataset.validation:
-            raise UserError(f"metric {metric} is measured on held-out samples: dataset.validation = 0 holds out none")
-        train: Training = trial.train  # type: ignore[attr-defined]  # every experiment declares its own
-        every = train.evaluate_every_epochs
-        if not 0 < every <= trial.epochs:
-            raise UserError(f"metric {metric} would never be measured: {EVALUATE} = {every} of {trial.epochs} epochs")
-    samples = samples_of(trial)
-    n = len(samples.train_indices)
-    given = getattr(trial, "coreset", None)
-    if given is not None:
-        n = len(load_coreset(given, samples, trial.dataset))
-    trial.check(n, samples.data)
-    return n
-
-
-def samples_of(settings: Experiment) -> Samples:
-    """Return the samples of a trial; the last ones stay open."""
-    return _opened(json.dumps(settings.dataset.model_dump(mode="json")), settings.seed)
-
-
-def data_digests(base: Experiment, trials: Iterable[Values]) -> Iterator[str]:
-    """Yield the digest of each trial's samples; a data set is opened once, or once for each seed that draws in it."""
-    known: dict[tuple[str, int | None], str] = {}
-    for values in trials:
-        trial = varied(base, values)
-        dataset = json.dumps(trial.dataset.model_dump(mode="json", exclude={"digest"}))
-        key = dataset, trial.seed if trial.dataset.is_drawn else None
-        if key not in known:
-            known[key] = _opened(dataset, trial.seed).digest(trial.dataset)
-        yield known[key]
-
-
-def check_data(study: Study, settings: Experiment) -> None:
-    """Refuse to continue a study of other data, by the digests in the record or else in the runs of its trials."""
-    known = study.known()
-    digests = data_digests(settings, (values for _, values in known))
-    for (number, _), digest in zip(known, digests, strict=True):
-        run = study.run_storage(number)
-        stored = study.trials[number].digest or (
-            CONFIG in run.list() and read_settings(run).get("dataset", {}).get("digest")
-        )
-        if stored and stored != digest:
-            problem = f"the data of {study.run_name(number)} are not those that it began with"
-            raise UserError(f"{problem}: give another --name, or delete {study.name!r} and its trials")
-
-
-@lru_cache(maxsize=2)
-def _opened(dataset: str, seed: int) -> Samples:
-    """Open the samples of trials, which mostly share them."""
-    from raypkg.experiments.samples import open_samples
-
-    return open_samples(RunSettings(seed=seed, dataset=Dataset.model_validate_json(dataset)))
 
 
 def longest_of(settings: Experiment, domains: Mapping[str, Any], known: Sequence[Values]) -> int:
@@ -353,7 +243,7 @@ def run_trial(number: int, values: Values, report: RowListener, *, root: str, wo
     try:
         if not study.run(number).summary:
             own = {"cluster.workers": workers, "dataset.digest": study.trials[number].digest}
-            _train(study, study.run(number), values | own, report, _donors(study, number))
+            _train(study, number, values | own, report)
         run = study.run(number)
         after = study.trials[number].after
         if after and run.storage.read(AFTER) is None:
@@ -371,23 +261,9 @@ def run_trial(number: int, values: Values, report: RowListener, *, root: str, wo
         }
 
 
-def _donors(study: Study, number: int) -> Donors | None:
-    """Return a function that yields a comparison's finished trials with the same settings of a phase; else None."""
-    settings = study.trials[number].settings or {}
-
-    def alike(stage: Stage) -> Iterator[RunFolder]:
-        ours = stage.settings_in(settings)
-        for other, trial in enumerate(study.trials):
-            if other != number and stage.settings_in(trial.settings or {}) == ours:
-                run = study.run(other)
-                if run.summary:
-                    yield run
-
-    return alike if study.order.table else None
-
-
-def _train(study: Study, run: RunFolder, values: Values, report: RowListener, donors: Donors | None) -> None:
-    """Carry out a trial's run, and report its epochs as they end."""
+def _train(study: Study, number: int, values: Values, report: RowListener) -> None:
+    """Carry out a trial's run, and report its epochs as they end; it may take phases of a comparison's others over."""
+    run = study.run(number)
     entry = experiment[study.experiment]
     schema = training_settings_of(entry)
     base = study.config
@@ -416,4 +292,13 @@ def _train(study: Study, run: RunFolder, values: Values, report: RowListener, do
             run.flush()  # Tune may stop the trial here, and its driver reads the figures then
             report({"epoch": row["epoch"], metric: row[metric]})
 
-    carry_out(entry, settings, samples, run, Console(quiet=True), group=study.name, listen=listen, donors=donors)
+    def donors(stage: Stage) -> Iterator[RunFolder]:
+        known = dict(study.known())
+        ours = stage.settings_in(known.pop(number, {}))
+        for other, theirs in known.items():
+            if stage.settings_in(theirs) == ours and (donor := study.run(other)).summary:
+                yield donor
+
+    quiet = Console(quiet=True)
+    others = donors if study.order.table else None
+    carry_out(entry, settings, samples, run, quiet, group=study.name, listen=listen, donors=others)

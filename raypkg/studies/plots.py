@@ -9,8 +9,8 @@ import numpy as np
 
 from raypkg.runs.plots import BLUE, GREY, ORANGE, VERMILLION, count_axis, cut, headline, name_points, note, page
 
-from .figures import DONE, Row
 from .outcomes import Case, Line
+from .study import DONE, Row
 
 Results = Sequence[Row]
 Curve = Sequence[tuple[float, float]]
@@ -114,7 +114,7 @@ def rows_of_case(case: Case, metric: str, path: Png) -> None:
                 continue
             colour = _colour(line)
             point = (line.costs["work"].mean, scale * line.value.mean)
-            deviation = np.nan_to_num(scale * line.value.std)
+            deviation = np.nan_to_num(scale * line.value.spread)
             axes.errorbar(*point, yerr=deviation, fmt="o", color=colour, capsize=3)
             ends.append((*point, cut(line.row, LABEL), colour))
             on_front += [point] if line.on_front else []

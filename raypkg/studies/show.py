@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from html import escape
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import tomli_w
 from pydantic_core import to_json
-from rich.console import Console
 
 from raypkg.core.config import dotted, parse_toml
 from raypkg.core.errors import UserError, redacted
@@ -23,13 +22,24 @@ from raypkg.runs.catalog import GOING, STATES, resuming, state_of
 from raypkg.runs.document import Grid, document, link, paragraph, picture
 from raypkg.runs.folder import CONFIG, ENVIRONMENT, Environment, RunFolder, environment
 from raypkg.runs.plots import duration, in_full, save_plot, short
-from raypkg.runs.show import cost_grid, findings, print_grid, tables
+from raypkg.runs.show import cost_grid, findings, print_grid, tables, terminal
 from raypkg.runs.storage import Storage
 
 from . import plots
-from .figures import DONE, Difference, Estimate, Row, front, measured_points, ranked
-from .outcomes import Line, Outcomes, Verdict
-from .study import FOLDER, RESULTS, Study, as_table, find_study, is_study, study_around
+from .outcomes import Estimate, Line, Outcomes, front
+from .study import (
+    DONE,
+    FOLDER,
+    RESULTS,
+    Row,
+    Study,
+    as_table,
+    find_study,
+    is_study,
+    measured_points,
+    ranked,
+    study_around,
+)
 from .tables import METRICS, NOT_PAID, PAID, REST, UNKNOWN, Table, stored_table
 
 BEST = "best.toml"
@@ -47,11 +57,7 @@ LEGEND = (
 )
 
 
-class Section(NamedTuple):
-    """A table of a report with the plots below it, by their file names."""
-
-    grid: Grid
-    plots: Sequence[str] = ()
+Section = tuple[Grid, Sequence[str]]  # a table of a report, and the plots below it by their names
 
 
 class Report(NamedTuple):
@@ -74,11 +80,12 @@ def report_of(study: Study, table: Table | None = None, *, final: bool = False) 
     return _sweep_report(study, final)
 
 
-def show_study(study: Study, console: Console, table: Table | None = None) -> None:
+def show_study(study: Study, table: Table | None = None) -> None:
     """Print a study's tables, its failed trials and its findings."""
+    console = terminal()
     report = report_of(study, table)
-    for section in report.sections:
-        print_grid(section.grid)
+    for grid, _ in report.sections:
+        print_grid(grid)
     for line in report.notes:
         console.print(line, style="dim", soft_wrap=True)
     for row in report.results:
@@ -90,16 +97,13 @@ def show_study(study: Study, console: Console, table: Table | None = None) -> No
     console.print(f"{redacted(study.storage.root)}: {', '.join(files)}", style="dim", soft_wrap=True)
 
 
-def show_resumption(study: Study, root: str, console: Console) -> None:
+def show_resumption(study: Study, root: str) -> None:
     """Print the state of an unfinished study, and the command that resumes it."""
-    left = study.left()
-    if not left:
-        return
-    state = state_of(study.storage)
-    console.print(f"{study.name}: {left} trials are left, {STATES[state]}", soft_wrap=True)
-    if state != GOING:
-        command = resuming(study.command, study.storage, root)
-        console.print(f"resume with: {command}", soft_wrap=True)
+    if left := study.left():
+        state = state_of(study.storage)
+        terminal().print(f"{study.name}: {left} trials are left, {STATES[state]}", soft_wrap=True)
+        if state != GOING:
+            terminal().print(f"resume with: {resuming(study.command, study.storage, root)}", soft_wrap=True)
 
 
 def verdict_on(run: Storage) -> str:
@@ -133,7 +137,7 @@ def conclude(study: Study) -> None:
     origin = f"{count} trials, written {date} on {machine} with {versions}."
 
     title, *texts = (escape(text, quote=False) for text in (report.title, report.finding, *report.lines, *report.notes))
-    parts = [f"# {title}", *texts[:1], *(section.grid.markdown() for section in report.sections), *texts[1:]]
+    parts = [f"# {title}", *texts[:1], *(grid.markdown() for grid, _ in report.sections), *texts[1:]]
     storage.write(MARKDOWN, ("\n\n".join([*filter(None, parts), origin]) + "\n").encode())
 
     links: dict[str, str] = {}  # to the pages of trials, by name and by number in the table of a sweep
@@ -142,10 +146,11 @@ def conclude(study: Study) -> None:
             names = [row["run"]] if study.order.table else [f"{row['trial']}", f"*{row['trial']}"]
             links |= dict.fromkeys(names, f"../../{study.experiment}/{row['run']}/{PAGE}")
     html = [paragraph(report.finding, "finding")]
-    pictures = Pictures(storage)
-    for section in report.sections:
-        first, *others = [pictures.part(f"{name}.png", section.grid.title) for name in section.plots]
-        html += [section.grid.html(first, links), *others]
+    files = [(f"{name}.png", grid.title) for grid, pictures in report.sections for name in pictures]
+    drawn = iter(_pictures(storage, files))
+    for grid, pictures in report.sections:
+        first, *others = [next(drawn) for _ in pictures]
+        html += [grid.html(first, links), *others]
     html += [paragraph(line) for line in report.lines]
     if study.order.table:
         names = ["run", "case", "row", "seed", "state", study.order.metric]
@@ -174,7 +179,7 @@ def written(folder: RunFolder, form: str) -> str:
     """Return the tables of a finished run or of a study as Markdown, LaTeX or CSV, or its figures in full as JSON."""
     if is_study(folder.storage):
         report = report_of(Study(folder.storage))
-        grids = [section.grid for section in report.sections]
+        grids = [grid for grid, _ in report.sections]
         content: Any = {"title": report.title, "trials": report.results, "verdicts": report.verdicts}
     elif folder.summary is None:
         raise UserError(f"run {folder.name!r} is not finished, so there are no tables yet: see effray show")
@@ -208,8 +213,7 @@ def run_page(folder: RunFolder) -> str:
         study = study_around(folder.storage)
     finding, *lines = findings(summary)
     files = sorted(folder.storage.list(PLOTS), key=lambda file: (not file.startswith("curves"), file))
-    pictures = Pictures(folder.storage)
-    first, *others = [pictures.part(file) for file in files] or [""]
+    first, *others = _pictures(folder.storage, [(file, "") for file in files]) or [""]
     parts = [
         f"<p>{link(f'trial of {study.name}', f'../../{FOLDER}/{study.name}/{PAGE}')}</p>" if study else "",
         paragraph(finding, "finding"),
@@ -269,7 +273,7 @@ def _sweep_report(study: Study, final: bool) -> Report:
             file = f"{study.run_storage(best['trial']).root}/{CONFIG}"
         lines += [f"its settings: effray {study.experiment} --config {shlex.quote(redacted(file))}"]
     grid = Grid("Trials", headings, rows, note=note)
-    section = Section(grid, ("settings", "curves", "pareto"))
+    section = (grid, ("settings", "curves", "pareto"))
     return Report(f"a sweep of {study.experiment}", finding, [section], lines, [], results, best)
 
 
@@ -285,25 +289,16 @@ def _setting(value: Any) -> str:
 
 def _comparison_report(study: Study, table: Table, final: bool) -> Report:
     outcomes = Outcomes(study, table)
-    headings = ["row", table.metric.replace("_", " "), f"against\n{table.baseline}"]
-    headings += [f"verdict by\n{table.gain}" if table.gain else "verdict at\nequal work"]
-    headings += ["samples\nforward", "samples\nbackward", "work", "work:\nbaseline", "seconds", "MiB"]
-    for metric, goal in table.all_goals():
-        value = f"{100 * goal:g} %" if plots.is_share(metric) else f"{goal:g}"
-        headings.append(f"backward to\n{metric} {value}")
-    headings += [*table.columns, *["rate"] * bool(table.rates), "Pareto\nfront"]
-    sections = []
+    sections: list[Section] = []
     for number, case in enumerate(outcomes.cases):
-        work = next((line.costs.get("work") for line in case.lines if line.row == table.baseline), None)
-        rows = [list(_cells(table, line, work)) for line in case.lines]
-        published = table.paper.get(case.label, {})
-        if published:
-            rows = [[*row, str(published.get(row[0], "–"))] for row in rows]
-        baseline = frozenset(place for place, line in enumerate(case.lines) if line.row == table.baseline)
-        own = [*headings, "published"] if published else headings
-        grid = Grid("" if case.label == REST else case.label, own, rows, baseline)
+        baseline = next(line for line in case.lines if line.row == table.baseline)
+        cells = [_cells(table, line, baseline, table.paper.get(case.label, {})) for line in case.lines]
+        emphasised = frozenset({case.lines.index(baseline)})
+        title = "" if case.label == REST else case.label
+        headings = [heading for heading, _ in cells[0]]
+        grid = Grid(title, headings, [[cell for _, cell in row] for row in cells], emphasised)
         bars, curves = f"rows-{number:02d}", f"curves-{number:02d}"
-        sections.append(Section(grid, (bars, curves)))
+        sections.append((grid, (bars, curves)))
         if final:
             save_plot(study.storage, bars, partial(plots.rows_of_case, case, table.metric))
             if any(len(line.curve) > 1 for line in case.lines):
@@ -348,72 +343,60 @@ def _finding(outcomes: Outcomes, verdicts: Sequence[Row]) -> str:
     return "; ".join(parts)
 
 
-def _cells(table: Table, line: Line, baseline: Estimate | None) -> Iterator[str]:
-    some = "" if len(line.seeds) == line.of else f" ({len(line.seeds)})"
-    yield line.row
-    yield _estimate(line.value, table.metric) + some
-    yield _difference(line.difference, table.metric)
-    yield _verdict(line.verdict, table)
-    for name in ("forward", "backward", "work"):
-        yield _count(line.costs.get(name))
-    work = line.costs.get("work")
-    yield f"{work.mean / baseline.mean:.2f}" if work and baseline and baseline.mean else "–"
-    seconds = line.costs.get("seconds")
-    yield duration(seconds.mean) if seconds else "–"
-    memory = line.costs.get("memory")
-    yield f"{memory.mean / 2**20:,.0f}" if memory else "–"
-    for reached in line.goals.values():
+def _cells(table: Table, line: Line, baseline: Line, published: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the cells of a row with their headings."""
+    metric = table.metric
+    some = "" if len(line.seeds) == len(table.seeds) else f" ({len(line.seeds)})"
+    difference = "–"
+    if line.difference:
+        mean, half = line.difference
+        significant = " !" if abs(mean) > half else ""
+        interval = "" if math.isnan(half) else f" ± {_signed(half, metric).lstrip('+')}{significant}"
+        difference = _signed(mean, metric) + interval
+    verdict = line.verdict.word if line.verdict else "–"
+    if line.verdict and not math.isnan(line.verdict.mean):
+        verdict += f" {_signed(line.verdict.mean, table.gain or metric)}"
+    mean_costs = {name: cost.mean for name, cost in line.costs.items()}  # none of a row without a finished run
+    work, work_of_baseline = (costs["work"].mean if costs else 0.0 for costs in (line.costs, baseline.costs))
+    cells = [
+        ("row", line.row),
+        (metric.replace("_", " "), _estimate(line.value, metric) + some),
+        (f"against\n{table.baseline}", difference),
+        (f"verdict by\n{table.gain}" if table.gain else "verdict at\nequal work", verdict),
+        ("samples\nforward", short(mean_costs.get("forward", math.nan))),
+        ("samples\nbackward", short(mean_costs.get("backward", math.nan))),
+        ("work", short(mean_costs.get("work", math.nan))),
+        ("work:\nbaseline", f"{work / work_of_baseline:.2f}" if line.costs and work_of_baseline else "–"),
+        ("seconds", duration(mean_costs.get("seconds", math.nan))),
+        ("MiB", f"{mean_costs['memory'] / 2**20:,.0f}" if mean_costs else "–"),
+    ]
+    for (name, goal), reached in line.goals.items():
+        value = f"{100 * goal:g} %" if plots.is_share(name) else f"{goal:g}"
         part = "" if reached.seeds == reached.of else f" ({reached.seeds} of {reached.of})"
-        yield _count(reached.backward) + part
-    for value in line.columns.values():
-        yield _plain(value)
-    if table.rates:
-        yield _setting(line.rate)
-    yield "yes" if line.on_front else ""
+        spent = reached.backward.mean if reached.backward else math.nan
+        cells.append((f"backward to\n{name} {value}", short(spent) + part))
+    cells += [(heading, _estimate(figure, "")) for heading, figure in line.columns.items()]
+    cells += [("rate", _setting(line.rate))] * bool(table.rates)
+    cells.append(("Pareto\nfront", "yes" if line.on_front else ""))
+    return cells + [("published", str(published.get(line.row, "–")))] * bool(published)
 
 
 def _estimate(value: Estimate | None, metric: str) -> str:
     """Return mean ± standard deviation of a metric, accuracies in per cent."""
     if value is None:
         return "–"
-    if not plots.is_share(metric):
-        return _plain(value)
-    spread = "" if math.isnan(value.std) else f" ± {100 * value.std:.2f}"
-    return f"{100 * value.mean:.2f}{spread} %"
-
-
-def _difference(value: Difference | None, metric: str) -> str:
-    if value is None:
-        return "–"
-    mean = _signed(value.mean, metric)
-    if math.isnan(value.half):
-        return mean
-    half = _signed(value.half, metric).lstrip("+")
-    return f"{mean} ± {half}{' !' if abs(value.mean) > value.half else ''}"
+    if plots.is_share(metric):
+        spread = "" if math.isnan(value.spread) else f" ± {100 * value.spread:.2f}"
+        return f"{100 * value.mean:.2f}{spread} %"
+    is_count = abs(value.mean) >= 1000
+    mean = short(value.mean) if is_count else f"{value.mean:.4g}"
+    spread = short(value.spread) if is_count else f"{value.spread:.2g}"
+    # NaN for one seed; 0 where the settings alone determine the figure.
+    return f"{mean} ± {spread}" if value.spread > 0 else mean
 
 
 def _signed(value: float, metric: str) -> str:
     return f"{100 * value:+.2f}" if plots.is_share(metric) else f"{value:+.3g}"
-
-
-def _verdict(value: Verdict | None, table: Table) -> str:
-    if value is None or math.isnan(value.mean):
-        return value.word if value else "–"
-    return f"{value.word} {_signed(value.mean, table.gain or table.metric)}"
-
-
-def _count(value: Estimate | None) -> str:
-    return "–" if value is None else short(value.mean)
-
-
-def _plain(value: Estimate | None) -> str:
-    if value is None:
-        return "–"
-    is_count = abs(value.mean) >= 1000
-    mean = short(value.mean) if is_count else f"{value.mean:.4g}"
-    spread = short(value.std) if is_count else f"{value.std:.2g}"
-    # NaN for one seed; 0 where the settings alone determine the figure.
-    return f"{mean} ± {spread}" if value.std > 0 else mean
 
 
 # Parts
@@ -423,24 +406,20 @@ def _settings_grid(config: Mapping[str, Any], title: str) -> Grid:
     return Grid(title, ["setting", "value"], [[name, _setting(value)] for name, value in dotted(config).items()])
 
 
-class Pictures:
-    """The pictures of a page: embedded while the page stays below 2 MB, then linked."""
-
-    def __init__(self, storage: Storage):
-        self._storage = storage
-        self._left = MOST
-
-    def part(self, file: str, of: str = "") -> str:
-        """Return a picture as a part of the page; empty if there is none."""
+def _pictures(storage: Storage, files: Sequence[tuple[str, str]]) -> list[str]:
+    """Return plots, and what they are of, as parts of a page: embedded while it stays below 2 MB, then linked."""
+    left = MOST
+    parts = []
+    for file, of in files:
         name = f"{PLOTS}/{file}"
-        path = self._storage.local / name if self._storage.local else None
+        path = storage.local / name if storage.local else None
         if path and (path.parent.is_symlink() or path.is_symlink() or (path.exists() and not path.is_file())):
-            return paragraph(f"{name} is not a regular file of this folder, so it is not embedded.")
-        png = self._storage.read(name)
-        if png is None:
-            return ""
-        self._left -= len(png)
-        if self._left < 0:
-            return f"<p>{link(name, name)}</p>"
-        title = file.removesuffix(".png")
-        return picture(png, f"{title}, {of}" if of else title)
+            parts.append(paragraph(f"{name} is not a regular file of this folder, so it is not embedded."))
+        elif (png := storage.read(name)) is None:
+            parts.append("")
+        elif (left := left - len(png)) < 0:
+            parts.append(f"<p>{link(name, name)}</p>")
+        else:
+            title = file.removesuffix(".png")
+            parts.append(picture(png, f"{title}, {of}" if of else title))
+    return parts

@@ -21,23 +21,81 @@ from raypkg.core.config import Settings, first_problem, stored_values, with_curr
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import APART
 from raypkg.experiments import experiment, training_settings_of
-from raypkg.runs.catalog import DONE as FINISHED
-from raypkg.runs.catalog import RECORD, Listed, is_study, named, state_of, unreadable
+from raypkg.runs.catalog import RECORD, is_study
 from raypkg.runs.folder import RunFolder, check_name, read_settings, write_settings
 from raypkg.runs.storage import PART, Storage
 
-from .figures import AFTER, DONE, Row, TrialRun, ranked
-from .tables import ExperimentName, MetricName, current_function, identity
+from .tables import COSTS, MAXIMA, METRICS, ExperimentName, MetricName, current_function, identity
 
+AFTER = "after.json"  # in a trial's run folder: figures of the function that followed the finished run
+EVALUATE = "evaluate"  # the part of a phase that measures, which is no cost of the method
 FOLDER = "tune"  # beside the folders of the experiments
 SPACE = "space.py"
 RESULTS = "results.parquet"
+DONE = "done"
 STOPPED = "stopped"
 FAILED = "failed"
 UNFINISHED = "unfinished"
+MOST = 10_000  # trials of a study, and values of a setting: each is checked beforehand
 TO_THE_END = "fifo"  # the scheduler that stops no trial
 TRIAL = re.compile(r"(.+)-(\d{3,})")  # a trial's name: its study's name and its number
+Row = Mapping[str, Any]  # number, run, state, figures and settings of a trial
 Values = dict[str, Any]  # settings of a trial by dotted names
+
+
+class TrialRun:
+    """The run folder of a trial, read once; the run may not exist yet."""
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+        self.rows = [row for row in folder.rows if row.get("main")]  # metrics of the main training
+        self.epochs: int = max((row["epoch"] for row in self.rows), default=0)  # of it, so far
+        self.summary = folder.summary  # the manifest of a finished run, or None
+
+    def curve(self, metric: str) -> list[tuple[int, float]]:
+        """Return epochs and a metric, where it was measured."""
+        return [(row["epoch"], row[metric]) for row in self.rows if row.get(metric) is not None]
+
+    def backward_curve(self, metric: str) -> list[tuple[float, float]]:
+        """Return samples back-propagated over all phases so far and a metric; nothing for an unfinished run."""
+        rows = [row for row in self.rows if row.get(metric) is not None and row.get("backward") is not None]
+        if not (rows and self.summary):
+            return []
+        before = bill(self.summary)["backward"] - self.rows[-1]["backward"]
+        return [(before + row["backward"], row[metric]) for row in rows]
+
+    def figures(self) -> dict[str, Any]:
+        """Return the last value of every metric, and the epochs of the main training."""
+        last: dict[str, Any] = {"epochs": self.epochs}
+        for values in (*self.rows, self.summary or {}):
+            last |= {name: values[name] for name in METRICS if values.get(name) is not None}
+        if self.summary:
+            last["backward"] = sum(phase["backward"] for phase in self.summary["phases"])
+        elif "backward" in last:
+            # Until there is a manifest with the whole bill, rows have the cost of the main training, and the records of
+            # finished phases that of what came before. The main training may have a record as well.
+            for file in self.folder.storage.list("phases"):
+                record = self.folder.phase(file.removesuffix(".json")) or {}
+                if not record.get("main"):
+                    last["backward"] += sum(cost["backward"] for cost in record.get("costs", ()))
+        return last
+
+
+def bill(summary: Mapping[str, Any], phase: str | None = None) -> dict[str, float]:
+    """Return the cost of a run or of one of its phases, without evaluations.
+
+    ``work`` is (forward + 2 · backward) / 3 samples: a backward pass counts as two forward passes.
+    """
+    parts = []
+    for part in summary["phases"]:
+        name, _, rest = part["phase"].partition(": ")
+        if EVALUATE not in (name, rest) and phase in (None, name):
+            parts.append(part)
+    total: dict[str, float] = {}
+    for name in COSTS[:-1]:
+        values = [part.get(name, 0) for part in parts]
+        total[name] = max(values, default=0) if name in MAXIMA else sum(values)
+    return total | {"work": (total["forward"] + 2 * total["backward"]) / 3}
 
 
 class Order(BaseModel):
@@ -206,19 +264,18 @@ class Study:
         """Record a trial's settings, which a searcher may have proposed just now."""
         while len(self.trials) <= number:
             self.trials.append(Trial(settings=None))
-        begun = {"settings": dict(values), "ended": None, "error": None}
-        self.trials[number] = self.trials[number].model_copy(update=begun)
+        trial = self.trials[number]
+        trial.settings, trial.ended, trial.error = dict(values), None, None
         self._write()
 
     def ended(self, number: int, error: str | None) -> str:
         """Record how a trial ended, and return its state; a process may die after its run was done."""
-        if self._is_done(number):
-            state, error = DONE, None
-        else:
-            state = FAILED if error else STOPPED
-        self.trials[number] = self.trials[number].model_copy(update={"ended": state, "error": error})
+        trial = self.trials[number]
+        is_done = self._is_done(number)
+        trial.ended = "done" if is_done else "failed" if error else "stopped"
+        trial.error = None if is_done else error
         self._write()
-        return state
+        return trial.ended
 
     def settle(self) -> None:
         """Record the end of trials whose runs were done when the process that records it died."""
@@ -251,6 +308,27 @@ class Study:
     def results(self, runs: Mapping[int, TrialRun]) -> list[dict[str, Any]]:
         """Return a row for each trial: its number, run, state, error, figures and settings."""
         return [self.row(number, run) | (self.trials[number].settings or {}) for number, run in runs.items()]
+
+
+def ranked(results: Iterable[Row], metric: str, mode: str) -> list[Row]:
+    """Return trials from best to worst, of equal ones the cheapest first; done trials precede all others."""
+    sign = -1 if mode == "max" else 1
+
+    def key(row: Row) -> tuple[int, float, int]:
+        if row.get(metric) is None:
+            return 2, 0.0, 0
+        return int(row["state"] != DONE), sign * row[metric], row.get("backward", 0)
+
+    return sorted(results, key=key)
+
+
+def measured_points(results: Iterable[Row], metric: str) -> dict[int, tuple[float, float]]:
+    """Return samples backward and metric of the done trials, by number."""
+    points = {}
+    for row in results:
+        if row["state"] == DONE and row.get(metric) is not None and row.get("backward") is not None:
+            points[row["trial"]] = (row["backward"], row[metric])
+    return points
 
 
 def as_table(results: Sequence[Row]) -> pa.Table:
@@ -323,86 +401,3 @@ def study_around(run: Storage) -> Study | None:
     study = Study(storage)
     is_trial = study.experiment == experiment.name and int(match[2]) < len(study.trials)
     return study if is_trial else None
-
-
-# `effray list` and `effray rm`
-
-
-def folded(root: str, lines: Sequence[Listed]) -> list[Listed]:
-    """Replace the lines of trials by a line for each study: accuracy of the best trial, cost of all.
-
-    Seconds are those of finished trials, as one that was stopped early has no bill of them.
-    """
-    runs = {(line.experiment, line.name): line for line in lines}
-    studies = Storage(root) / FOLDER
-    try:
-        names, folds = studies.list(), []
-    except UserError:
-        names, folds = [], [unreadable(studies)]
-    for name in names:
-        folder, time = studies / name, None
-        try:
-            if not is_study(folder):
-                continue
-            time = max(folder.times().values(), default=0.0)
-            study = Study(folder)
-            config = study.config
-            table = study.storage.read_table(RESULTS)
-            state = state_of(study.storage) if study.left() else FINISHED
-        except UserError:
-            bad = Listed(FOLDER, name, f"bad {RECORD}", "–", "–", FOLDER, None, None, None, time or 0.0)
-            folds.append(unreadable(folder) if time is None else bad)
-            continue
-        places = [(study.experiment, study.run_name(number)) for number in range(len(study.trials))]
-        trials = {place[1]: runs.pop(place) for place in places if place in runs}
-        done = [trial for trial in trials.values() if trial.state == FINISHED]
-        metric = study.order.metric
-        rows = {row["run"]: row for row in ([] if table is None else table.to_pylist()) if row["run"] in trials}
-        measured = [rows[trial.name] for trial in done if rows.get(trial.name, {}).get(metric) is not None]
-        backward = [trial.backward or rows.get(name, {}).get("backward") or 0 for name, trial in trials.items()]
-        best = str(ranked(measured, metric, study.order.mode)[0]["run"]) if measured else ""
-        title = f"{name}: {len(done)} of {max(len(study.trials), study.order.samples)} trials done"
-        line = Listed(
-            experiment=study.experiment,
-            name=f"{title}, best {best}" if best else title,
-            state=state,
-            data=named(config, "dataset"),
-            model=named(config, "model"),
-            method=f"{FOLDER} {study.experiment}",
-            accuracy=trials[best].accuracy if best in trials else None,
-            backward=sum(backward) or None,
-            seconds=sum(trial.seconds or 0 for trial in done) if done else None,
-            time=max([time, *(trial.time for trial in trials.values())]),
-        )
-        folds.append(line)
-    return [*runs.values(), *folds]
-
-
-def with_studies(chosen: Sequence[Storage], trials: bool) -> tuple[list[Storage], list[Storage]]:
-    """Return the folders to delete for chosen runs and studies, and the folders to lock while deleting.
-
-    Only with ``trials`` may a trial be chosen, and are the trials of chosen studies deleted too.
-    """
-    folders: dict[str, Storage] = {}  # by path: each once
-    around: dict[str, Storage] = {}
-    for storage in chosen:
-        folders[storage.root] = storage
-        if is_study(storage):
-            if not trials:
-                continue
-            try:
-                study = Study(storage)
-            except UserError:  # the damaged record names no trials
-                continue
-            runs = Storage(study.root) / study.experiment
-            existing = set(runs.list())
-            for number in range(len(study.trials)):
-                run = runs / study.run_name(number)
-                if run.name in existing:
-                    folders[run.root] = run
-        elif of := study_around(storage):
-            if not trials:
-                advice = f"--trials deletes it all the same, and `effray rm {of.name} --trials` the whole sweep"
-                raise UserError(f"{storage.name} is a trial of sweep {of.name!r}, which would run it again: {advice}")
-            around[of.storage.root] = of.storage
-    return [*folders.values()], [*(folders | around).values()]

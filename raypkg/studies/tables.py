@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
@@ -50,15 +50,19 @@ METRICS = {
 }
 MAXIMA = ("memory", "device_memory")  # figures of a bill that are not added up
 COSTS = ("forward", "backward", "seconds", "total_seconds", "waited", *MAXIMA, "work")  # of a bill
-COMPUTED = ("spearman", "overlap", "noise_auc", "critical_path")  # columns that `figures.column_figure` computes
+COMPUTED = ("spearman", "overlap", "noise_auc", "critical_path")  # columns that `outcomes.column_figure` computes
 LONGEST_TITLE = 200
+LISTED, NEAREST = 8, 4  # labels that an error lists: all of so few, otherwise the nearest
 SIMILAR = 0.8  # a column's name is taken for a mistyped one from this similarity on
 
 
-def _metric(name: str) -> str:
-    if name not in METRICS:
-        raise unknown("metric", name, METRICS)
-    return name
+def _one_of(kind: str, allowed: Container[str], listed: Iterable[str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in allowed:
+            raise unknown(kind, name, listed)
+        return name
+
+    return AfterValidator(check)
 
 
 def _as_stored(values: Any) -> Any:
@@ -69,14 +73,8 @@ def _as_stored(values: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
-def _experiment(name: str) -> str:
-    if name not in experiment:
-        raise unknown("experiment", name, experiment.names)
-    return name
-
-
-MetricName = Annotated[str, AfterValidator(_metric)]
-ExperimentName = Annotated[str, AfterValidator(_experiment)]
+MetricName = Annotated[str, _one_of("metric", METRICS, METRICS)]
+ExperimentName = Annotated[str, _one_of("experiment", experiment, experiment.names)]
 Stored = Annotated[dict[str, Any], BeforeValidator(_as_stored)]  # settings by dotted names
 Seed = Annotated[int, Field(strict=True, ge=0)]
 
@@ -159,7 +157,7 @@ class Table(Settings):
     metric: MetricName = "test_accuracy"  # the compared figure, known at the end of a run
     # Values of metrics that every epoch has, such as {"accuracy": [0.9]}: the table reports the cost of reaching them.
     goals: dict[MetricName, tuple[float, ...]] = Field({})
-    columns: dict[str, str] = Field({})  # further figures by heading; see `figures.column_figure`
+    columns: dict[str, str] = Field({})  # further figures by heading; see `outcomes.column_figure`
     # Published figures as printed: case → row → figure. Shown while no option changes the settings of the table.
     paper: dict[str, dict[str, str | int | float]] = Field({})
     # Row → package.module:function, called with the finished run; its result, figures by name, is stored.
@@ -234,25 +232,22 @@ class Table(Settings):
         if not self.after and name not in known and get_close_matches(name, known, cutoff=SIMILAR):
             raise unknown("figure", name, known)
 
-    def changed(self, origin: str = "table", **changes: Any) -> Table:
+    def changed(self, **changes: Any) -> Table:
         """Return the table with other values of some fields."""
-        return _table(dict(self) | changes, origin)
-
-
-def _table(values: Mapping[str, Any], origin: str) -> Table:
-    try:
-        return validate(Table, values)
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from None
+        try:
+            return validate(Table, dict(self) | changes)
+        except UserError as error:
+            raise UserError(f"table: {error}") from None
 
 
 def stored_table(record: Mapping[str, Any]) -> Table:
     """Return the table in a study's record; raise ``UserError`` if it holds none."""
-    origin = "the table of this comparison"
-    table = _table({name: value for name, value in record.items() if name in Table.model_fields}, origin)
+    try:
+        table = validate(Table, {name: value for name, value in record.items() if name in Table.model_fields})
+    except UserError as error:
+        raise UserError(f"the table of this comparison: {error}") from None
     current = partial(with_current_names, training_settings_of(experiment[table.experiment]))
     return table.changed(
-        origin,
         shared=current(table.shared),
         rows={label: current(values) for label, values in table.rows.items()},
         cases={label: current(values) for label, values in table.cases.items()},
@@ -316,26 +311,27 @@ def narrowed(
 
     Rows and cases are labels or patterns such as ``crest*``; each must match a label. None = all.
     """
+
+    def matching(kind: str, patterns: Iterable[str] | None, labels: Sequence[str]) -> set[str]:
+        chosen: set[str] = set(labels) if patterns is None else set()
+        for pattern in patterns or ():
+            found = {label for label in labels if label == pattern or fnmatchcase(label, pattern)}
+            if not found and len(labels) > LISTED:
+                nearest = ", ".join(map(repr, get_close_matches(pattern, labels, NEAREST, cutoff=0.0)))
+                problem = f"unknown {kind} {pattern!r}, of {len(labels)} the nearest are {nearest}"
+                raise UserError(f"{problem}; --help lists all, and a pattern such as 'a*' chooses several")
+            if not found:
+                raise unknown(kind, pattern, labels)
+            chosen |= found
+        return chosen
+
     divided = {name.rpartition(" / ")[0] or table.baseline for name in table.columns.values()}
     needed = {table.baseline, *table.as_baseline, table.reference or table.baseline, *divided}
-    chosen = _matching("row", rows, table.rows) | needed
-    allowed = _matching("case", cases, table.cases)
+    chosen = matching("row", rows, [*table.rows]) | needed
+    allowed = matching("case", cases, [*table.cases])
     return table.changed(
         rows={label: values for label, values in table.rows.items() if label in chosen},
         cases={label: values for label, values in table.cases.items() if label in allowed},
         seeds=tuple(table.seeds if seeds is None else seeds),
         after={label: name for label, name in table.after.items() if label in chosen},
     )
-
-
-def _matching(kind: str, patterns: Iterable[str] | None, labels: Iterable[str]) -> set[str]:
-    labels = list(labels)
-    if patterns is None:
-        return set(labels)
-    matching: set[str] = set()
-    for pattern in patterns:
-        found = {label for label in labels if label == pattern or fnmatchcase(label, pattern)}
-        if not found:
-            raise unknown(kind, pattern, labels)
-        matching |= found
-    return matching

@@ -47,7 +47,7 @@ def imported():
     import raypkg.methods.deltagrad.answer
     import raypkg.methods.sparse.export
     import raypkg.runs.plots
-    import raypkg.studies.tune  # noqa: F401
+    import raypkg.studies.start  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from raypkg.runs.folder import ENVIRONMENT, SUMMARY, RunFolder, write_settings
 from raypkg.runs.storage import Storage
 from raypkg.studies.driver import varied
 from raypkg.studies.show import run_page
+from raypkg.studies.spaces import check_space, read_space
 from raypkg.studies.study import RECORD, Order, Study, Trial, create_study
 from raypkg.studies.tables import read_table, stored_table
-from raypkg.studies.tune import check_space, read_space
 
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, 1, -1, 2**63, 10**400, 1e308])
 WORDS = st.text(max_size=5) | st.sampled_from(["train", "crest", "accuracy", "max", "a", "../x", "x" * 20_000])

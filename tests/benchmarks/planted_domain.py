@@ -28,7 +28,7 @@ from raypkg import Coreset, Hook, Run, Split, build_model, evaluate, fit, langua
 from raypkg.coresets.rows import Rows
 from raypkg.coresets.rules.rows import less, rds_plus
 from raypkg.methods.language.api import Moments, Projection, moments_of, over_checkpoints
-from raypkg.studies.figures import half_interval
+from raypkg.studies.outcomes import half_interval
 
 KINDS = ("abbreviation", "entity", "description", "person", "place", "number")  # TREC's labels 0 to 5
 RELATIONS = ("entailment", "neutral", "contradiction")  # SICK's

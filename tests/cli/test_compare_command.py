@@ -12,8 +12,9 @@ from raypkg import load_study
 from raypkg.core.errors import UserError
 from raypkg.runs.folder import LOG, RunFolder
 from raypkg.studies import driver as trials
-from raypkg.studies.driver import _opened, run_trial
+from raypkg.studies.driver import run_trial
 from raypkg.studies.outcomes import Outcomes
+from raypkg.studies.start import _opened
 from raypkg.studies.study import find_study
 from raypkg.studies.tables import stored_table
 
@@ -60,9 +61,9 @@ def started(monkeypatch):
     numbers = []
     original = trials._train
 
-    def train(sweep, run, *rest):
-        numbers.append(int(run.name.rpartition("-")[2]))
-        return original(sweep, run, *rest)
+    def train(study, number, *rest):
+        numbers.append(number)
+        return original(study, number, *rest)
 
     monkeypatch.setattr(trials, "_train", train)
     return numbers
@@ -124,7 +125,7 @@ def test_differences_are_those_of_the_runs(effray, mine):
     assert baseline.value.mean == pytest.approx(sum(by_row["all"]) / 2)
     differences = [b - a for a, b in zip(by_row["all"], by_row["tenth"], strict=True)]
     assert line.difference.mean == pytest.approx(sum(differences) / 2)
-    assert line.difference.half == pytest.approx(12.7062 * abs(differences[0] - differences[1]) / 2, rel=1e-4)
+    assert line.difference.spread == pytest.approx(12.7062 * abs(differences[0] - differences[1]) / 2, rel=1e-4)
     assert baseline.difference is None
 
 
@@ -274,8 +275,12 @@ def test_one_name_is_not_two_comparisons(effray, refusal, mine):
     effray(f"{MINE} --rows tenth --seeds 0")
     told = refusal(f"{MINE} --rows tenth --seeds 0 --train.epochs 5")
     assert "comparison 'm' was begun with train.epochs = 2, now it is 5: give another --name" in told
-    assert "is a comparison: continue it with effray compare mine.py --resume m" in refusal("tune train --resume m")
-    assert "keeps the settings: train.epochs cannot change" in refusal("compare mine.py --resume m --train.epochs 5")
+    assert "'m' was not begun by effray tune train: resume it with effray compare mine.py --resume m" in refusal(
+        "tune train --resume m"
+    )
+    assert "keeps what was asked for: train.epochs cannot change" in refusal(
+        "compare mine.py --resume m --train.epochs 5"
+    )
 
 
 def test_results_of_changed_data_are_not_mixed(effray, refusal, mine, tmp_path, started):

@@ -95,7 +95,7 @@ def test_a_trial_that_takes_over_equals_one_that_computes(effray, compare, monke
     costs = [json.loads(Path(f"runs/lipt/m-00{n}/summary.json").read_text())["phases"] for n in range(2)]
     assert costs[0][0]["phase"] == "pretrain" and costs[0][0] == costs[1][0]
     assert costs[0][0]["backward"] == 2 * 1295
-    monkeypatch.setattr(trials, "_donors", lambda *_: None)
+    monkeypatch.setattr("raypkg.experiments.phases.take_over", lambda *_: None)
     effray(f"{compare} --name n {asked}")
     assert [bool(taken(f"n-{number:03}")) for number in range(4)] == [False] * 4
     assert [bool(taken(f"m-{number:03}")) for number in range(4)] == [False, True, True, True]
@@ -157,7 +157,7 @@ def test_a_killed_take_over_is_resumed(call, effray, after, compare, monkeypatch
     monkeypatch.setattr(Storage, "write", write)
     assert not Path("runs/lipt/m-001", last).exists()
     if not donor_is_there:
-        monkeypatch.setattr(trials, "_donors", lambda *_: None)
+        monkeypatch.setattr("raypkg.experiments.phases.take_over", lambda *_: None)
     effray(f"{compare} --name m {asked}")
     assert trials_of("m", 1) == trials_of("straight", 1)
     assert taken("m-001") or not donor_is_there

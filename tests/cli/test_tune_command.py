@@ -12,8 +12,8 @@ from raypkg.core.errors import UserError
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.methods.sparse.settings import SparseSettings
 from raypkg.studies.driver import longest_of
+from raypkg.studies.spaces import Space, trials_of
 from raypkg.studies.study import Order, Study, Trial, create_study
-from raypkg.studies.tune import Space, trials_of
 
 SPACE = """
 from ray import tune
@@ -98,7 +98,7 @@ def test_an_invalid_space_file_is_refused(wrong, tmp_path, text, message):
         ("crest --scheduler none", "scheduler none is now called fifo"),
         ("crest --search grid", "--search grid: crest.tau is drawn from a continuous range"),
         ("crest --resume none --samples 3", "--resume none keeps what was asked for: --samples cannot change"),
-        ("crest --resume none --name other", "--resume none keeps what was asked for: neither --config nor --name"),
+        ("crest --resume none --name other", "--resume none keeps what was asked for: --name cannot change"),
         ("deltagrad --dataset.augment crop", "trial 0: dataset.augment = crop: DeltaGrad replays exact"),
         ("train --train.evaluate_every_epochs 0", "accuracy would never be measured: train.evaluate_every_epochs = 0"),
         ("train --train.epochs 4 --train.evaluate_every_epochs 5", "train.evaluate_every_epochs = 5 of 4"),
@@ -140,7 +140,7 @@ def test_a_sweep_that_runs_is_not_resumed(refusal, tmp_path):
     text = SPACE.format(metric="accuracy", mode="max", space="'crest.b': tune.choice([1, 2])")
     sweep = create_study(str(tmp_path / "runs"), "s", order, CrestSettings(), text, [Trial(settings={"crest.b": 1})])
     with sweep.storage.locked("it"):
-        assert "sweep 's' is being worked on by another process" in refusal("tune crest --resume s --concurrent 1")
+        assert "study 's' is being worked on by another process" in refusal("tune crest --resume s --concurrent 1")
     assert Study(sweep.storage).order.concurrent is None
 
 

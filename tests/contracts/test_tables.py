@@ -7,8 +7,8 @@ import pytest
 from contracts.test_presets import AGENT, CREST, SPARSE
 from raypkg.core.config import dotted
 from raypkg.core.errors import UserError
-from raypkg.studies.compare import base_settings, check_comparison
 from raypkg.studies.driver import varied
+from raypkg.studies.start import base_settings, check_comparison
 from raypkg.studies.tables import SCALES, Table, narrowed, open_table, read_table, stored_table, with_data
 
 FILES = sorted((Path(__file__).parents[2] / "tune_spaces" / "tables").glob("*.py"))
@@ -201,6 +201,10 @@ def test_some_rows_are_chosen_by_label_or_pattern_and_the_baseline_with_them():
         narrowed(table_of(), ["b 3"], None, None)
     with pytest.raises(UserError, match="unknown case 'noisy'"):
         narrowed(table_of(), None, ["noisy"], None)
+    nearest = "unknown case 'cleen; 10 %', of 32 the nearest are 'clean; 10 %; 40 epochs', .*; --help lists all"
+    with pytest.raises(UserError, match=nearest) as refused:
+        narrowed(open_table("selection"), None, ["cleen; 10 %"], None)
+    assert len(str(refused.value)) < 250
 
 
 def test_a_table_survives_the_record_and_runs_seed_by_seed():
