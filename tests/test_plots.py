@@ -63,8 +63,8 @@ def check_texts(canvas):
         (plots.scores, [np.random.default_rng(0).gamma(1, 1, 900), np.random.default_rng(1).gamma(3, 1, 90)]),
         (crest_plots.checks, [[check(step) for step in range(1, 50)], 0.05]),
         (crest_plots.checks, [[check(1, rho=0.0, coreset_error=0.0, random_error=0.0)], 0.05]),
-        (plots.images, [pixels(1, 1), pixels(11, 1), labels(1), [("seven", NAN)] * 11]),
-        (plots.images, [pixels(0, 3), pixels(0, 3), [], []]),
+        (plots.gallery, [[("one", pixels(1, 1), labels(1)), ("many", pixels(11, 1), [("seven", NAN)] * 11)]]),
+        (plots.gallery, [[("none", pixels(0, 3), []), ("neither", pixels(0, 3), [])]]),
     ],
 )
 def test_writes_one_png(plot, data, tmp_path, monkeypatch):

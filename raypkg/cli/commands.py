@@ -79,8 +79,10 @@ def show(run: str, root: str, against: str | None, form: str | None) -> None:
     Example:
         effray lipt --name first && effray show first
     """
+    from raypkg.experiments.coreset_files import compare
     from raypkg.runs.catalog import locate
-    from raypkg.runs.show import show_run, terminal
+    from raypkg.runs.document import terminal
+    from raypkg.runs.show import show_run
     from raypkg.studies.show import show_resumption, show_study, written
     from raypkg.studies.study import Study, is_study
 
@@ -92,26 +94,23 @@ def show(run: str, root: str, against: str | None, form: str | None) -> None:
             raise UserError("--against prints no table: leave out --format")
         click.echo(written(folder, form))
         return
-    other = None if against is None else locate(root, against)
-    sweeps = [each.name for each in (folder, other) if each and is_study(each.storage)]
-    if sweeps and other:
-        raise UserError(f"--against: {sweeps[0]} is a sweep, and only runs are compared")
-    if sweeps:
+    comparison = ""
+    if against is not None:
+        other = locate(root, against)
+        for each in (folder, other):
+            if is_study(each.storage):
+                raise UserError(f"--against: {each.name} is a sweep, and only runs are compared")
+        comparison = compare(folder, other)
+    if is_study(folder.storage):
         study = Study(folder.storage)
         show_study(study)
         show_resumption(study, root)
-        return
-    comparison = None
-    if other:
-        from raypkg.experiments.coreset_files import compare
-
-        comparison = compare(folder, other)
-    if folder.summary is None:
+    elif folder.summary is None:
         show_unfinished(folder, root)
-        return
-    show_run(folder, terminal())
-    if comparison:
-        terminal().print(comparison)
+    else:
+        show_run(folder, terminal())
+        if comparison:
+            terminal().print(comparison)
 
 
 @effray.command(cls=ExampleHelp)
@@ -131,7 +130,7 @@ def methods(name: str | None) -> None:
     from raypkg.engine.run import hook
     from raypkg.methods import registries
     from raypkg.models import model
-    from raypkg.runs.show import terminal
+    from raypkg.runs.document import terminal
 
     kinds = {registry.kind: registry for registry in (experiment, coreset, model, dataset, hook, *registries())}
     if name is None:
@@ -168,7 +167,7 @@ def data(name: str, pairs: tuple[str, ...]) -> None:
     """
     from raypkg.data import load_data
     from raypkg.data.opening import describe
-    from raypkg.runs.show import terminal
+    from raypkg.runs.document import terminal
 
     from .setting_options import parsed_pairs
 

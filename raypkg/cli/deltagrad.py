@@ -29,20 +29,15 @@ REPLAY = [  # defaults are the run's settings, so none is shown
     for name, field in ReplaySettings.model_fields.items()
 ]
 CLUSTER = [option for option in setting_options(RequestSettings) if (option.name or "").startswith("cluster__")]
-Decorator = Callable[[Callable[..., None]], click.Command]
 
 
-def computing(*parameters: click.Parameter) -> Decorator:
-    """Declare a command on a run that computes gradients."""
-    return click.command(cls=SettingsCommand, schema=RequestSettings, params=[RUN, *parameters, PLACE, TRUST, *CLUSTER])
+def command(*parameters: click.Parameter, replays: bool = True) -> Callable[[Callable[..., None]], click.Command]:
+    """Declare a command on a run that computes gradients, by default to replay its training."""
+    every = [RUN, *parameters, PLACE, TRUST, *CLUSTER, *(REPLAY if replays else ())]
+    return click.command(cls=SettingsCommand, schema=RequestSettings, params=every)
 
 
-def replaying(*parameters: click.Parameter) -> Decorator:
-    """Declare a command on a run that replays its training."""
-    return computing(*parameters, *REPLAY)
-
-
-@replaying(
+@command(
     click.Option(["--ids"], metavar="IDS", help="3,14,15, or a file: one a line, or parquet with a column id or index"),
     click.Option(["--where"], metavar="CONDITION", help="such as 'age > 60 and label = yes', on a table's columns"),
     click.Option(
@@ -78,7 +73,7 @@ def delete(
     _answer_one(run, root, request, values, removal, verified)
 
 
-@replaying(
+@command(
     click.Option(["--ids"], metavar="IDS", help="deleted samples to put back where they were; a list or a file"),
     click.Option(["--data"], metavar="NAME", help="new samples: a data set like the run's; its train split is added"),
 )
@@ -98,7 +93,7 @@ def add(run: str, root: str, ids: str | None, data: str | None, **values: Any) -
     _answer_one(run, root, request, values)
 
 
-@replaying(
+@command(
     click.Argument(["queue"], type=Path),
     click.Option(["--together"], type=click.IntRange(1), help="most requests in one replay (default: all that wait)"),
 )
@@ -114,8 +109,7 @@ def stream(run: str, queue: Path, root: str, together: int | None, **values: Any
     from raypkg.methods.deltagrad.requests import read_queue, unanswered
 
     requests = read_queue(queue)
-    with _opened(run, root, "the same command answers the rest") as recorded:
-        settings = _request_settings(recorded, values)
+    with _opened(run, root, values, "the same command answers the rest") as (recorded, settings):
         waiting = unanswered(recorded, requests)
         say(f"{len(waiting)} of {len(requests)} requests to answer")
         while waiting:
@@ -123,7 +117,7 @@ def stream(run: str, queue: Path, root: str, together: int | None, **values: Any
             waiting = waiting[len(entry["requests"]) :]
 
 
-@computing()
+@command(replays=False)
 def verify(run: str, root: str, **values: Any) -> None:
     """Retrain with the samples in use and report the model's distance from the result.
 
@@ -132,8 +126,8 @@ def verify(run: str, root: str, **values: Any) -> None:
     Example:
         effray deltagrad train --name three && effray deltagrad verify three
     """
-    with _opened(run, root) as recorded:
-        _verify(recorded, _request_settings(recorded, values))
+    with _opened(run, root, values) as (recorded, settings):
+        _verify(recorded, settings)
 
 
 def _verify(recorded: RecordedRun, settings: RequestSettings) -> None:
@@ -141,7 +135,7 @@ def _verify(recorded: RecordedRun, settings: RequestSettings) -> None:
     from rich.table import Table
 
     from raypkg.methods.deltagrad import answer
-    from raypkg.runs.show import terminal
+    from raypkg.runs.document import terminal
 
     verdict = answer.verify(recorded, settings.cluster, _follow)
     relative = verdict.distance / verdict.norm
@@ -166,7 +160,7 @@ def log(run: str, root: str) -> None:
 
     from raypkg.methods.deltagrad.journal import Journal
     from raypkg.runs.catalog import locate
-    from raypkg.runs.show import terminal
+    from raypkg.runs.document import terminal
 
     entries = Journal(locate(root, run).storage).entries
     table = Table(box=SIMPLE, show_edge=False, pad_edge=False)
@@ -189,7 +183,7 @@ def log(run: str, root: str) -> None:
             table.add_row("", "", _counts(request), request["id"])
     if entries:
         terminal().print(table)  # even if its data set, which the checks need, is gone
-    with _opened(run, root) as recorded:
+    with _opened(run, root, {}) as (recorded, _):
         history = recorded.history()
         history.check()
     say(f"{len(entries)} entries and {len(history)} steps of the history are as they were written")
@@ -203,34 +197,35 @@ COMMANDS = [delete, add, stream, verify, log]
 
 
 @contextmanager
-def _opened(run: str, root: str, rest: str = "the run is as it was") -> Iterator[RecordedRun]:
-    """Open a run; Ctrl-C and SIGTERM end in one line, with ``rest``: the state of the run, or the way to resume."""
+def _opened(
+    run: str, root: str, values: Mapping[str, Any], rest: str = "the run is as it was"
+) -> Iterator[tuple[RecordedRun, RequestSettings]]:
+    """Open a run, with the settings of a request.
+
+    Ctrl-C and SIGTERM end in one line, with ``rest``: the state of the run, or the way to resume.
+    """
     from raypkg.methods.deltagrad.run import open_recorded
     from raypkg.runs.catalog import locate
 
     try:
         with open_recorded(locate(root, run)) as recorded:
-            yield recorded
+            yield recorded, RequestSettings.over(recorded.settings.replay, overrides(RequestSettings, values, ()))
     except (KeyboardInterrupt, SystemExit):
         raise UserError(f"interrupted; {rest}") from None
-
-
-def _request_settings(run: RecordedRun, values: dict[str, Any]) -> RequestSettings:
-    return RequestSettings.over(run.settings.replay, overrides(RequestSettings, values, ()))
 
 
 def _answer_one(
     run: str,
     root: str,
     request: Request,
-    values: dict[str, Any],
+    values: Mapping[str, Any],
     removal: Removal | None = None,
     verified: bool = False,
 ) -> None:
     from raypkg.methods.deltagrad.answer import held_out
 
-    with _opened(run, root, "the run is as it was, and the same command starts again") as recorded:
-        settings = _request_settings(recorded, values)
+    rest = "the run is as it was, and the same command starts again"
+    with _opened(run, root, values, rest) as (recorded, settings):
         known = len(recorded.journal.entries)
         try:
             before = held_out(recorded, removal.on) if removal else (0.0, 0.0)
@@ -274,7 +269,7 @@ def _answer(run: RecordedRun, requests: Sequence[Request], settings: RequestSett
 def _follow(steps: Iterable[Any], total: int) -> Iterable[Any]:
     from rich.progress import track
 
-    from raypkg.runs.show import terminal
+    from raypkg.runs.document import terminal
 
     console = terminal()
     return track(steps, "replaying", total, console=console, transient=True, disable=not console.is_terminal)

@@ -20,10 +20,10 @@ from raypkg.experiments.phases import stages_of, step_memory, with_workers
 from raypkg.experiments.resolve import resolve, selection_of, stored_settings
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.train import EmbedSettings, SelectSettings, planned
-from raypkg.runs.document import Grid
+from raypkg.runs.document import Grid, terminal
 from raypkg.runs.folder import RunFolder, check_new, create
 from raypkg.runs.report import Stage
-from raypkg.runs.show import print_grid, show_run, terminal
+from raypkg.runs.show import show_run
 from raypkg.runs.storage import Storage
 
 from .options import say
@@ -157,7 +157,7 @@ def show_unfinished(folder: RunFolder, root: str) -> None:
         if "perplexity" in last:
             measured = f"perplexity {last['perplexity']:.2f}"
         table.append([phase, progress, models, epochs, loss, measured])
-    print_grid(Grid("", ["phase", "state", "models", "epochs", "loss", "accuracy"], table))
+    Grid("", ["phase", "state", "models", "epochs", "loss", "accuracy"], table).print()
     with suppress(UserError):  # a run that is going may delete a folder while it is listed
         if times := folder.storage.times(recursive=True):
             newest = max(times, key=times.__getitem__)

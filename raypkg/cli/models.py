@@ -37,7 +37,7 @@ def predict(run: str, source: str, out: str | None, root: str) -> None:
 
     from raypkg.experiments.prediction import FORMATS, predictions_of, write_table
     from raypkg.runs.catalog import locate
-    from raypkg.runs.show import terminal
+    from raypkg.runs.document import terminal
 
     if out is not None and not out.endswith(FORMATS):
         raise unknown("format of predictions", Path(out).suffix, FORMATS)
@@ -75,7 +75,7 @@ def evaluate(run: str, dataset: str | None, pairs: tuple[str, ...], split: str, 
     from raypkg.experiments.prediction import evaluate_run
     from raypkg.runs import plots
     from raypkg.runs.catalog import locate
-    from raypkg.runs.show import terminal
+    from raypkg.runs.document import terminal
 
     from .setting_options import parsed_pairs
 
@@ -129,7 +129,7 @@ def diff(run: str, other: str, root: str) -> None:
     from raypkg.experiments.prediction import pair_runs
     from raypkg.runs.catalog import locate
     from raypkg.runs.document import Grid
-    from raypkg.runs.show import COLUMNS, print_grid
+    from raypkg.runs.show import COLUMNS
 
     runs = [locate(root, name, having=SUMMARY) for name in (run, other)]
     for each in runs:
@@ -142,7 +142,7 @@ def diff(run: str, other: str, root: str) -> None:
         sums = [total([phase.get(key, 0) for phase in (each.summary or {})["phases"]]) for each in runs]
         if any(sums):
             rows.append([" ".join(heading.split()), *map(form, sums)])
-    print_grid(Grid("", ["setting or cost", *(each.name for each in runs)], rows))
+    Grid("", ["setting or cost", *(each.name for each in runs)], rows).print()
     if not all("test_accuracy" in (each.summary or {}) for each in runs):
         return
     paired = pair_runs(*runs)

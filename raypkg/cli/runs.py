@@ -44,7 +44,7 @@ def list_runs(kind: str | None, root: str, last: int | None, as_json: bool) -> N
     from rich.table import Table
 
     from raypkg.runs.catalog import ago, runs_of
-    from raypkg.runs.show import print_wide
+    from raypkg.runs.document import print_wide
     from raypkg.studies.study import FOLDER
 
     kinds = experiment.names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from raypkg.experiments import experiment, settings_of
 
 from .options import PLACE, TRUST, Catalogue, ExampleHelp, confirmed, say
 
-TUNE_OPTIONS = ("space", "samples", "metric", "mode", "scheduler", "search", "concurrent", "time_budget")
 COMPARE_OPTIONS = ("rows", "cases", "seeds", "scale", "goal", "rates")
 MOST_UNASKED = 100  # trials of a comparison that start without asking
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
@@ -64,20 +64,6 @@ def _tune_command(name: str) -> click.Command:
         raise unknown("experiment to tune", name, _experiments())
     entry = experiment[name]
     schema = settings_of(entry)
-
-    def callback(
-        config: Path | None, pairs: tuple[str, ...], label: str | None, resume: str | None, root: str, **given: Any
-    ) -> None:
-        from raypkg.studies.start import resume_study, start_sweep
-
-        asked = {option: value for option in TUNE_OPTIONS if (value := given.pop(option)) is not None}
-        values = overrides(schema, given, pairs)
-        if resume is None:
-            start_sweep(entry, asked, config, values, label, root)
-        else:
-            fixed = {option: value for option, value in (("config", config), ("name", label)) if value is not None}
-            resume_study(resume, f"effray tune {name}", {**fixed, **asked}, values, root)
-
     options = [
         click.Option(["--space"], metavar="FILE|NAME", help=f"what to vary (default: {name})"),
         click.Option(["--samples"], type=int, help="trials (default: 8; of a grid, all)"),
@@ -90,13 +76,29 @@ def _tune_command(name: str) -> click.Command:
         ),
         click.Option(["--search"], metavar="random|grid|optuna", help="how settings are drawn (default: random)"),
         click.Option(["--time-budget"], type=_seconds_of, metavar="TIME", help="such as 90s, 10m or 2h"),
+        CONCURRENT,
     ]
+
+    def callback(
+        config: Path | None, pairs: tuple[str, ...], label: str | None, resume: str | None, root: str, **given: Any
+    ) -> None:
+        from raypkg.studies.start import resume_study, start_sweep
+
+        asked = {option.name: given.pop(option.name) for option in options if option.name}
+        asked = {option: value for option, value in asked.items() if value is not None}
+        values = overrides(schema, given, pairs)
+        if resume is None:
+            start_sweep(entry, asked, config, values, label, root)
+        else:
+            fixed = {option: value for option, value in (("config", config), ("name", label)) if value is not None}
+            resume_study(resume, f"effray tune {name}", {**fixed, **asked}, values, root)
+
     return SettingsCommand(
         name,
         schema=schema,
         callback=callback,
         help=TUNE_HELP.format(title=entry.help, name=name),
-        params=[*options, CONCURRENT, *run_options("sweep", "experiment and time"), *setting_options(schema)],
+        params=[*options, *run_options("sweep", "experiment and time"), *setting_options(schema)],
     )
 
 
@@ -119,6 +121,34 @@ def _tables() -> list[str]:
     from raypkg.studies.tables import TABLES, shipped_files
 
     return sorted(shipped_files(TABLES))
+
+
+def _labels_of(text: str) -> list[str]:
+    return [label for part in text.split(",") if (label := part.strip())]
+
+
+def _seeds_of(text: str) -> list[int]:
+    from raypkg.studies.tables import MOST_TRIALS
+
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,18})(-\d{1,18})?", part.strip())
+        if not match:
+            raise UserError(f"--seeds {text!r}: integers, such as 0,1,2 or 0-9")
+        more = range(int(match[1]), int((match[2] or "")[1:] or match[1]) + 1)
+        if not more:
+            raise UserError(f"--seeds {text!r}: {part} holds none, the smaller comes first")
+        if len(seeds) + len(more) > MOST_TRIALS:
+            raise UserError(f"--seeds {text!r}: {len(seeds) + len(more):,} seeds, at most {MOST_TRIALS:,} trials")
+        seeds += more
+    return seeds
+
+
+def _goal_of(text: str) -> tuple[str, str]:
+    metric, _, value = text.partition("=")
+    if not value:
+        raise UserError(f"--goal {text!r} is not of the form METRIC=VALUE, such as accuracy=0.9")
+    return metric, value
 
 
 def _compare_command(name: str) -> click.Command:
@@ -153,14 +183,9 @@ def _compare_command(name: str) -> click.Command:
             check(resume_study(resume, f"effray compare {name}", changed, values, root))
             return
         scale = SCALES[0] if asked["scale"] is None else asked["scale"]
-        rows, cases = _labels(asked["rows"]), _labels(asked["cases"])
-        chosen = narrowed(open_table(name, scale), rows, cases, _seeds(asked["seeds"]))
-        goals: dict[str, list[str]] = {}
-        for text in asked["goal"]:
-            metric, _, value = text.partition("=")
-            if not value:
-                raise UserError(f"--goal {text!r} is not of the form METRIC=VALUE, such as accuracy=0.9")
-            goals.setdefault(metric, []).append(value)
+        rows, cases = ([*chain(*asked[part])] or None for part in ("rows", "cases"))
+        chosen = narrowed(open_table(name, scale), rows, cases, asked["seeds"])
+        goals = {metric: [value for name, value in asked["goal"] if name == metric] for metric, _ in asked["goal"]}
         chosen = chosen.changed(goals=goals or chosen.goals, rates=asked["rates"] or chosen.rates)
         if dry:
             for line in plan(chosen, config, values, rate):
@@ -176,16 +201,22 @@ def _compare_command(name: str) -> click.Command:
 
     seeds = ",".join(map(str, table.seeds))
     options = [
-        click.Option(["--rows"], multiple=True, metavar="LIST", help="labels or patterns; the baseline is added"),
-        click.Option(["--cases"], multiple=True, metavar="LIST", help="labels or patterns (default: all)"),
-        click.Option(["--seeds"], metavar="LIST", help=f"such as 0,1,2 or 0-9 (default: {seeds})"),
+        click.Option(
+            ["--rows"], type=_labels_of, multiple=True, metavar="LIST", help="labels or patterns; the baseline is added"
+        ),
+        click.Option(
+            ["--cases"], type=_labels_of, multiple=True, metavar="LIST", help="labels or patterns (default: all)"
+        ),
+        click.Option(["--seeds"], type=_seeds_of, metavar="LIST", help=f"such as 0,1,2 or 0-9 (default: {seeds})"),
         click.Option(["--scale"], metavar="|".join(SCALES), help=f"small runs or the paper's (default: {SCALES[0]})"),
         click.Option(["--expect"], type=click.Choice(VERDICTS), help="exit with code 1 if a verdict is another one"),
         click.Option(["--dry-run", "dry"], is_flag=True, help="print trials and samples, and start nothing"),
         click.Option(["--rate"], type=click.FloatRange(min=0, min_open=True), help="samples a second, for --dry-run"),
         click.Option(["--yes"], is_flag=True, help=f"start more than {MOST_UNASKED} trials without asking"),
         click.Option(["--rates"], metavar="LIST", help="train.lr, of which a row takes the best by held-out accuracy"),
-        click.Option(["--goal"], multiple=True, metavar="METRIC=VALUE", help="report the cost of reaching it"),
+        click.Option(
+            ["--goal"], type=_goal_of, multiple=True, metavar="METRIC=VALUE", help="report the cost of reaching it"
+        ),
     ]
     options += [CONCURRENT, *run_options("comparison", "table, data set and scale")]
     # Labels are quoted as a shell takes them: most have blanks and semicolons.
@@ -207,29 +238,6 @@ def _compare_command(name: str) -> click.Command:
         ),
         params=[*options, *setting_options(schema)],
     )
-
-
-def _labels(texts: tuple[str, ...]) -> list[str] | None:
-    """Return the labels of repeated options, each a list split at commas; None without any."""
-    labels = [label.strip() for text in texts for label in text.split(",")]
-    return [label for label in labels if label] or None
-
-
-def _seeds(text: str | None) -> list[int] | None:
-    from raypkg.studies.tables import MOST_TRIALS
-
-    seeds: list[int] = []
-    for part in (text or "").split(",") if text is not None else ():
-        match = re.fullmatch(r"(\d{1,18})(-\d{1,18})?", part.strip())
-        if not match:
-            raise UserError(f"--seeds {text!r}: integers, such as 0,1,2 or 0-9")
-        more = range(int(match[1]), int((match[2] or "")[1:] or match[1]) + 1)
-        if not more:
-            raise UserError(f"--seeds {text!r}: {part} holds none, the smaller comes first")
-        if len(seeds) + len(more) > MOST_TRIALS:
-            raise UserError(f"--seeds {text!r}: {len(seeds) + len(more):,} seeds, at most {MOST_TRIALS:,} trials")
-        seeds += more
-    return None if text is None else seeds
 
 
 @click.group("compare", cls=Catalogue, names=_tables, make=_compare_command)

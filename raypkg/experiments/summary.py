@@ -95,12 +95,12 @@ def draw_coreset(storage: Storage, samples: Samples, coreset: Coreset) -> None:
     if split.kind is not IMAGES:
         return
 
-    def gallery(rows: pa.Table) -> tuple[np.ndarray, list[tuple[str, float]]]:
+    def group(name: str, rows: pa.Table) -> tuple[str, np.ndarray, list[tuple[str, float]]]:
         x, _ = split.batch(rows["index"].to_numpy())
         labels = [(sample["class"], sample["score"]) for sample in rows.to_pylist()]
-        return x.permute(0, 2, 3, 1).numpy(), labels  # [m, H, W, C]
+        return f"{name} {len(rows)} of the coreset", x.permute(0, 2, 3, 1).numpy(), labels  # [m, H, W, C]
 
     order = torch.tensor(scores).argsort()
-    easiest, easy_labels = gallery(table.take(order[:SHOWN].numpy()))
-    hardest, hard_labels = gallery(table.take(order[-SHOWN:].flip(0).numpy()))
-    save_plot(storage, "images", lambda path: plots.images(easiest, hardest, easy_labels, hard_labels, path))
+    easiest = group("Easiest", table.take(order[:SHOWN].numpy()))
+    hardest = group("Hardest", table.take(order[-SHOWN:].flip(0).numpy()))
+    save_plot(storage, "images", lambda path: plots.gallery([easiest, hardest], path))

@@ -47,22 +47,21 @@ def locate(root: str, run: str, having: str | None = None) -> RunFolder:
     name suggests. A sweep, which has no such file, is refused.
     """
     runs = Storage(root)
-    candidates = [Storage(run)] if run else []
-    kinds: list[str] = []
+    by_path = [Storage(run)] if run else []
+    by_name: list[Storage] = []
     if all(NAME.fullmatch(part) for part in run.split("/")):  # a name, or experiment/name
-        candidates.append(runs / run)
-        kinds = [kind for kind in runs.list() if _is_run(runs / kind / run)]
-        kinds = [kind for kind in kinds if _is_run(runs / kind / run, having)] or kinds
-    found = next(filter(_is_run, candidates), None)
-    if found is None and kinds:
-        found = _only([runs / kind / run for kind in kinds], run)
-    if found and having is not None and is_study(found):
+        by_path.append(runs / run)
+        by_name = [runs / kind / run for kind in runs.list() if _is_run(runs / kind / run)]
+        by_name = [storage for storage in by_name if _is_run(storage, having)] or by_name
+    found = [*filter(_is_run, by_path)][:1] or by_name
+    if not found:
+        everyone = [(kind, name) for kind in runs.list() for name in (runs / kind).list()]
+        names = {name for kind, name in everyone if _is_run(runs / kind / name, having)}
+        raise unknown(f"run in {root}", run, sorted(names))
+    storage = _only(found, run)
+    if having is not None and is_study(storage):
         raise UserError(f"{run} is a sweep, not a run: give one of its trials, which `effray show {run}` lists")
-    if found:
-        return RunFolder(found)
-    everyone = [(kind, name) for kind in runs.list() for name in (runs / kind).list()]
-    names = {name for kind, name in everyone if _is_run(runs / kind / name, having)}
-    raise unknown(f"run in {root}", run, sorted(names))
+    return RunFolder(storage)
 
 
 def _only(found: Sequence[Storage], run: str) -> Storage:
@@ -74,10 +73,8 @@ def _only(found: Sequence[Storage], run: str) -> Storage:
 
 
 def _is_run(storage: Storage, having: str | None = None) -> bool:
-    files = set(storage.list())
-    if having is not None and having not in files:
-        return False
-    return bool({CONFIG, SUMMARY} & files)  # a finished run that lost its settings reports that itself
+    files = storage.list()  # a finished run that lost its settings reports that itself
+    return having in (None, *files) and (CONFIG in files or SUMMARY in files)
 
 
 def is_study(storage: Storage) -> bool:
@@ -184,10 +181,10 @@ def _listed(storage: Storage) -> Listed | None:
     if not MARKS & times.keys():
         return None
     state = DONE if SUMMARY in times else state_of(storage)
+    config: dict[str, Any] = {}
     try:
         config = read_settings(storage)
     except UserError:
-        config = {}
         state = f"bad {CONFIG}"
     accuracy = backward = seconds = None
     if SUMMARY in times:

@@ -1,16 +1,26 @@
-"""A self-contained HTML page: text, tables and pictures in one file. Nothing is fetched; every name is escaped."""
+"""Tables for the terminal and other formats, and a self-contained HTML page that fetches nothing and escapes names."""
 
 import csv
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from io import StringIO
+from itertools import zip_longest
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from raypkg.core.errors import printable, redacted
 
 LONG = 30  # characters of a cell that is broken into lines
 WIDE = ' class="wide"'
+WIDEST = 1000  # columns of a terminal
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #202124; --soft: #5f6368; --paper: #fff; --rule: #e8eaed; --link: #0b57d0; }
@@ -51,6 +61,27 @@ LATEX = {letter: f"\\{letter}" for letter in "%$&#_{}"} | {
 }  # fmt: skip
 
 
+class Terminal(Console):
+    """A console that prints names and paths literally, without credentials and characters that control a terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Render a text, which may be the cell of a table."""
+        return super().render_str(printable(redacted(text)), **options)
+
+
+def terminal() -> Console:
+    """Return the console of this process."""
+    return Terminal(markup=False, emoji=False, highlight=False)
+
+
+def print_wide(table: Table) -> None:
+    """Print a table of any width: the terminal wraps its lines rather than cutting off figures."""
+    console = terminal()
+    needed = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
+    console.width = max(console.width, needed)
+    console.print(table)
+
+
 class Grid(NamedTuple):
     """A table of texts, for the terminal, Markdown, LaTeX, CSV and HTML."""
 
@@ -60,6 +91,17 @@ class Grid(NamedTuple):
     emphasised: frozenset[int] = frozenset()  # positions of the rows in bold
     note: str = ""  # below the table
     totals: Sequence[str] = ()  # a last row
+
+    def print(self) -> None:
+        """Print the table on the terminal."""
+        title = "; ".join(filter(None, [self.title, self.note]))
+        table = Table(title=title or None, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
+        table.show_footer = bool(self.totals)
+        for place, (heading, total) in enumerate(zip_longest(self.headings, self.totals, fillvalue="")):
+            table.add_column(heading, total, justify="right" if place else "left", vertical="bottom")
+        for place, row in enumerate(self.rows):
+            table.add_row(*row, style="bold" if place in self.emphasised else None)
+        print_wide(table)
 
     def markdown(self) -> str:
         """Return the table as Markdown.

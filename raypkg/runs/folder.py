@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from importlib import metadata
 from typing import Annotated, Any, Self
@@ -42,8 +43,7 @@ SEALED = re.compile(re.escape(SEAL).encode() + rb"([0-9a-f]{32})\n")
 LONGEST = 100  # characters of a name
 NAME = re.compile(r"(?![-.])[\w.+=,@\[\]-]+")  # letters and digits of any script; no signs of shells or URIs
 PACKAGES = ("effray", "torch", "torchvision", "ray", "pyarrow", "numpy")
-Key = tuple[str, int | None, int | None]  # phase, model and epoch of a row
-
+Key = tuple[str, int, int]  # phase, model and epoch of a row; -1 for none
 
 Amount = Annotated[int | float, Field(ge=0, le=1e100, allow_inf_nan=False)]
 ResultName = Annotated[str, Field(pattern=r"^[^/]+\.(safetensors|parquet)$")]
@@ -117,7 +117,7 @@ class RunFolder:
                     found = ", ".join(table.column_names)
                     raise UserError(f"{storage.root}/{GROWING} has no column {column}: it has {found}")
             for row in table.to_pylist():
-                self._add(row)
+                self._rows[_key(row)] = _known(row)
 
     @property
     def name(self) -> str:
@@ -128,12 +128,7 @@ class RunFolder:
     def rows(self) -> list[dict[str, Any]]:
         """The metrics so far, a row for each phase, model and epoch, in that order."""
         phases = list(dict.fromkeys(phase for phase, _, _ in self._rows))
-
-        def place(key: Key) -> tuple[int, int, int]:
-            phase, model, epoch = key
-            return phases.index(phase), -1 if model is None else model, -1 if epoch is None else epoch
-
-        return [self._rows[key] for key in sorted(self._rows, key=place)]
+        return [self._rows[key] for key in sorted(self._rows, key=lambda key: (phases.index(key[0]), *key[1:]))]
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -155,16 +150,12 @@ class RunFolder:
     def log(self, row: Mapping[str, Any]) -> bool:
         """Add a row of metrics, or replace that of the same phase, model and epoch; return True if it is new."""
         key = _key(row)
-        before = self._rows.get(key)
-        self._add(row)
-        is_new = self._rows[key] != before
+        is_new = self._rows.get(key) != _known(row)
+        self._rows[key] = _known(row)
         self._has_unsaved |= is_new
         if abs(time.monotonic() - self._saved) > 1.0:  # the clock may jump either way
             self.flush()
         return is_new
-
-    def _add(self, row: Mapping[str, Any]) -> None:
-        self._rows[_key(row)] = {name: value for name, value in row.items() if value is not None}
 
     def flush(self) -> None:
         """Write the metrics to their file."""
@@ -245,10 +236,9 @@ class RunFolder:
         if not log:
             self._check(file, files[file], f"run {self.name!r}")
             return
-        try:
+        in_force = None
+        with suppress(ValueError, LookupError, TypeError, RecursionError):  # the command below names the damage
             in_force = json.loads(log.splitlines()[-1])["model"]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            in_force = None  # the command below names the damage
         if self.storage.digest(file) != in_force:
             root = self.storage.root
             command = f"effray {self.storage.parent.name} log {root}"
@@ -281,7 +271,12 @@ class RunFolder:
 
 
 def _key(row: Mapping[str, Any]) -> Key:
-    return row["phase"], row.get("model"), row.get("epoch")
+    model, epoch = (-1 if row.get(name) is None else row[name] for name in ("model", "epoch"))
+    return row["phase"], model, epoch
+
+
+def _known(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def write_settings(storage: Storage, settings: Settings) -> None:
@@ -306,22 +301,16 @@ def read_settings(storage: Storage) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Return versions, commit, hardware and command line, without the credentials in its URIs."""
-    versions = {}
+    versions = dict.fromkeys(PACKAGES, "not installed")
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    try:
+    commit, processor = None, platform.processor()
+    with suppress(OSError, subprocess.TimeoutExpired):
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
         commit = git.stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
-    try:
-        with open("/proc/cpuinfo") as lines:
-            processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        processor = platform.processor()
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
         "packages": versions,
         "python": platform.python_version(),

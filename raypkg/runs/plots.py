@@ -72,9 +72,39 @@ def curves(rows: Rows, path: str | Path) -> None:
     panels = [("loss", "Training loss", "", 1), (measured, f"Held-out {measured}", unit, scale)]
     drawn = [panel for panel in panels if has_curve(rows, panel[0])] or panels
     with page(path) as figure:
-        for axes, panel in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-            _trace(axes, rows, *panel)
-            if panel[0] == "loss":
+        for axes, (key, name, unit, scale) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+            # One bold line per phase, the mean over its models, with the models as thin lines behind it
+            ends: list[tuple[float, float, str, str]] = []  # value and epoch of a line's last point, label, colour
+            for phase in dict.fromkeys(row["phase"] for row in rows):
+                of_phase = [row for row in rows if row["phase"] == phase]
+                colour = VERMILLION if any(row.get("main") for row in of_phase) else BLUE
+                epoch, value = column(of_phase, "epoch"), scale * column(of_phase, key)
+                model = np.nan_to_num(column(of_phase, "model"))  # a phase of one model has no number
+                order = np.argsort(epoch, kind="stable")
+                order = order[np.isfinite(value[order])]
+                if not len(order):
+                    continue
+                epoch, value, model = epoch[order], value[order], model[order]
+                models = np.unique(model)
+                for one in models:
+                    own = model == one
+                    axes.plot(epoch[own], value[own], color=colour, alpha=0.4, linewidth=1)
+                epochs, group = np.unique(epoch, return_inverse=True)
+                mean = np.bincount(group, value) / np.bincount(group)  # [epochs]
+                axes.plot(epochs, mean, color=colour, linewidth=2.2, marker="o", markevery=[-1])
+                label = f"{phase}, mean of {len(models)}" if len(models) > 1 else phase
+                ends.append((mean[-1], epochs[-1], label, colour))
+            title = f"{name} ends at {ends[-1][0]:.3g}{unit}" if ends else f"{name}: nothing recorded"
+            axes.set(title=title, xlabel="epoch")
+            axes.margins(y=0.15)  # space for the labels
+            axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+            axes.axis("on" if ends else "off")
+            # The higher the line, the further above its end is the label, so that no two meet.
+            for rank, (height, last, label, colour) in enumerate(sorted(ends)):
+                side = "right" if last > np.mean(axes.get_xlim()) else "left"
+                offset = (0, 8 + 14 * rank)  # points
+                note(axes, label, (last, height), offset, ha=side, color=colour, weight="bold")
+            if key == "loss":
                 axes.set_ylim(bottom=0)
 
 
@@ -105,9 +135,17 @@ def composition(picked: Sequence[int], total: Sequence[int], classes: Sequence[s
         figure.supxlabel("picked share of the class, % (at the bar: samples; dashed: all classes)", color=GREY)
         panels = figure.subplots(1, len(columns), sharex=True, squeeze=False)[0]
         for axes, members in zip(panels, columns, strict=True):
-            names = [cut(classes[c], 60 // len(columns)) for c in members]
-            counts = [f"{chosen[c]:,.0f}" for c in members]
-            _bars(axes, names, share[members], counts)
+            rows = np.arange(len(members))  # horizontal bars, the first on top
+            axes.barh(rows, share[members], color=BLUE, height=0.6)
+            size = min(10, 300 / max(len(members), 1))  # points, so that 40 rows do not touch
+            for row, c in enumerate(members):
+                at = {"va": "center_baseline", "color": GREY, "size": size}
+                note(axes, f"{chosen[c]:,.0f}", (share[c], row), (4, 0), **at)
+            axes.set_yticks(rows, [cut(classes[c], 60 // len(columns)) for c in members], fontsize=size)
+            axes.set_ylim(max(len(members), 4) - 0.5, -0.5)  # few bars stay slim
+            axes.grid(axis="y", visible=False)
+            axes.margins(x=0.3)  # space for the labels
+            axes.axis("on" if len(members) else "off")
             axes.locator_params(axis="x", nbins=max(2, 6 // len(columns)))
             axes.axvline(mean, color=VERMILLION, linestyle="--", linewidth=1)
 
@@ -129,21 +167,32 @@ def scores(everyone: np.ndarray, picked: np.ndarray, path: str | Path) -> None:
         axes.legend(loc="upper right")
 
 
-def images(easiest: np.ndarray, hardest: np.ndarray, easy: Labels, hard: Labels, path: str | Path) -> None:
-    """Draw the easiest and the hardest images of a coreset, uint8 [m, H, W, 3], or 1 channel for grey.
+def gallery(groups: Sequence[tuple[str, np.ndarray, Labels]], path: str | Path) -> None:
+    """Draw groups of images below their titles, with the class name and the score of each image.
 
-    ``easy`` and ``hard`` have the class name and the score of each.
+    Images are uint8 [m, H, W, 3], or 1 channel for grey. Those of a group are in up to three rows of at least eight.
     """
-    with page(path) as figure:
-        (upper,), (lower,) = figure.subfigures(2, 1, squeeze=False)
-        _gallery(upper, f"Easiest {len(easiest)} of the coreset", easiest, easy)
-        _gallery(lower, f"Hardest {len(hardest)} of the coreset", hardest, hard)
-
-
-def gallery(title: str, pixels: np.ndarray, labels: Labels, path: str | Path) -> None:
-    """Draw images, uint8 [m, H, W, 3], or 1 channel for grey, with the class name and the score of each."""
-    with page(path, height=2.6) as figure:
-        _gallery(figure, title, pixels, labels)
+    with page(path, height=2.5 * len(groups)) as whole:
+        for (title, pixels, labels), (figure,) in zip(
+            groups, whole.subfigures(len(groups), squeeze=False), strict=True
+        ):
+            headline(figure, f"{title}, with their scores")
+            columns = max(1, min(len(pixels), max(8, math.ceil(len(pixels) / 3))))
+            rows = max(1, math.ceil(len(pixels) / columns))
+            pitch = WIDE * rows * TILE / columns  # the columns fill the gallery
+            axes = figure.subplots()  # one frame: many frames take long to draw
+            for place, (image, (name, score)) in enumerate(zip(pixels, labels, strict=True)):
+                row, column = divmod(place, columns)
+                x, y = column * pitch, row * TILE  # the middle of the image; its larger side is 1
+                height, width = np.divide(image.shape[:2], max(image.shape[:2]))
+                top = y - height / 2
+                extent = (x - width / 2, x + width / 2, top + height, top)
+                axes.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                label = f"{cut(name, 14)}\n{score:.3g}"
+                axes.annotate(label, (x, top), (0, 2), ha="center", size=7, textcoords="offset points", in_layout=False)
+            axes.set_axis_off()
+            axes.set_xlim(-pitch / 2, (columns - 0.5) * pitch)
+            axes.set_ylim((rows - 1) * TILE + 0.5, 0.5 - TILE)  # the first row on top, its titles above
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str], title: str, path: str | Path) -> None:
@@ -288,76 +337,3 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min"
-
-
-# Parts of plots
-
-
-def _trace(axes: "Axes", rows: Rows, key: str, name: str, unit: str, scale: float) -> None:
-    """Draw one bold line per phase, the mean over its models, with the models as thin lines behind it."""
-    ends: list[tuple[float, float, str, str]] = []  # value and epoch of a line's last point, label, colour
-    for phase in dict.fromkeys(row["phase"] for row in rows):
-        of_phase = [row for row in rows if row["phase"] == phase]
-        colour = VERMILLION if any(row.get("main") for row in of_phase) else BLUE
-        epoch, value = column(of_phase, "epoch"), scale * column(of_phase, key)
-        model = np.nan_to_num(column(of_phase, "model"))  # a phase of one model has no number
-        order = np.argsort(epoch, kind="stable")
-        order = order[np.isfinite(value[order])]
-        if not len(order):
-            continue
-        epoch, value, model = epoch[order], value[order], model[order]
-        models = np.unique(model)
-        for one in models:
-            own = model == one
-            axes.plot(epoch[own], value[own], color=colour, alpha=0.4, linewidth=1)
-        epochs, group = np.unique(epoch, return_inverse=True)
-        mean = np.bincount(group, value) / np.bincount(group)  # [epochs]
-        axes.plot(epochs, mean, color=colour, linewidth=2.2, marker="o", markevery=[-1])
-        label = f"{phase}, mean of {len(models)}" if len(models) > 1 else phase
-        ends.append((mean[-1], epochs[-1], label, colour))
-    axes.set(title=f"{name} ends at {ends[-1][0]:.3g}{unit}" if ends else f"{name}: nothing recorded", xlabel="epoch")
-    axes.margins(y=0.15)  # space for the labels
-    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
-    axes.axis("on" if ends else "off")
-    # The higher the line, the further above its end is the label, so that no two meet.
-    for rank, (height, last, label, colour) in enumerate(sorted(ends)):
-        side = "right" if last > np.mean(axes.get_xlim()) else "left"
-        offset = (0, 8 + 14 * rank)  # points
-        note(axes, label, (last, height), offset, ha=side, color=colour, weight="bold")
-
-
-def _bars(axes: "Axes", names: Sequence[str], lengths: np.ndarray, labels: Sequence[str]) -> None:
-    """Draw horizontal bars, the first on top, each with its label at the end."""
-    rows = np.arange(len(names))
-    axes.barh(rows, lengths, color=BLUE, height=0.6)
-    size = min(10, 300 / max(len(names), 1))  # points, so that 40 rows do not touch
-    for row, label in enumerate(labels):
-        note(axes, label, (lengths[row], row), (4, 0), va="center_baseline", color=GREY, size=size)
-    axes.set_yticks(rows, names, fontsize=size)
-    axes.set_ylim(max(len(names), 4) - 0.5, -0.5)  # few bars stay slim
-    axes.grid(axis="y", visible=False)
-    axes.margins(x=0.3)  # space for the labels
-    axes.axis("on" if len(names) else "off")
-
-
-def _gallery(figure: "Figure | SubFigure", title: str, pixels: np.ndarray, labels: Labels) -> None:
-    """Draw images in up to three rows of at least eight, in one frame: many frames take long to draw."""
-    headline(figure, f"{title}, with their scores")
-    widest = max(8, math.ceil(len(pixels) / 3))
-    columns = max(1, min(len(pixels), widest))
-    rows = max(1, math.ceil(len(pixels) / columns))
-    pitch = WIDE * rows * TILE / columns  # the columns fill the gallery
-    axes = figure.subplots()
-    for place, image in enumerate(pixels):
-        name, score = labels[place]
-        row, column = divmod(place, columns)
-        x, y = column * pitch, row * TILE  # the middle of the image; its larger side is 1
-        height, width = np.divide(image.shape[:2], max(image.shape[:2]))
-        top = y - height / 2
-        extent = (x - width / 2, x + width / 2, top + height, top)
-        axes.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        label = f"{cut(name, 14)}\n{score:.3g}"
-        axes.annotate(label, (x, top), (0, 2), ha="center", size=7, textcoords="offset points", in_layout=False)
-    axes.set_axis_off()
-    axes.set_xlim(-pitch / 2, (columns - 0.5) * pitch)
-    axes.set_ylim((rows - 1) * TILE + 0.5, 0.5 - TILE)  # the first row on top, its titles above

@@ -1,22 +1,14 @@
 """A run as tables on the terminal: the costs and results of a finished one, the progress of an unfinished one."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
-
-from raypkg.core.errors import printable, redacted
 
 from .document import Grid
 from .folder import RunFolder
 from .report import utilisation
 
-WIDEST = 1000  # columns of a terminal
 INDENT = 2 * "\N{NO-BREAK SPACE}"
 
 
@@ -36,27 +28,14 @@ COLUMNS: Sequence[tuple[str, str, Callable[[Any], str], Callable[[Sequence[Any]]
 )
 
 
-class Terminal(Console):
-    """A console that prints names and paths literally, without credentials and characters that control a terminal."""
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        """Render a text, which may be the cell of a table."""
-        return super().render_str(printable(redacted(text)), **options)
-
-
-def terminal() -> Console:
-    """Return the console of this process."""
-    return Terminal(markup=False, emoji=False, highlight=False)
-
-
 def show_run(folder: RunFolder, console: Console) -> None:
     """Print a finished run's results below a row for the costs of each phase and the totals."""
     summary = folder.summary or {}
-    print_grid(cost_grid(folder.name, summary["phases"]))
+    cost_grid(folder.name, summary["phases"]).print()
     for line in findings(summary):
         console.print(line)
     for grid in tables(summary):
-        print_grid(grid)
+        grid.print()
     console.print(folder.storage.root, style="dim", soft_wrap=True)
 
 
@@ -78,26 +57,6 @@ def cost_grid(title: str, phases: Sequence[Mapping[str, Any]]) -> Grid:
         totals.append(form(total(values)))
     rows = [*zip(*columns, strict=False)]
     return Grid(title, headings, rows, totals=totals)
-
-
-def print_grid(grid: Grid) -> None:
-    """Print a table of a run or study."""
-    title = "; ".join(filter(None, [grid.title, grid.note]))
-    table = Table(title=title or None, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
-    table.show_footer = bool(grid.totals)
-    for place, (heading, total) in enumerate(zip_longest(grid.headings, grid.totals, fillvalue="")):
-        table.add_column(heading, total, justify="right" if place else "left", vertical="bottom")
-    for place, row in enumerate(grid.rows):
-        table.add_row(*row, style="bold" if place in grid.emphasised else None)
-    print_wide(table)
-
-
-def print_wide(table: Table) -> None:
-    """Print a table of any width: the terminal wraps its lines rather than cutting off figures."""
-    console = terminal()
-    needed = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
-    console.width = max(console.width, needed)
-    console.print(table)
 
 
 def findings(summary: Mapping[str, Any]) -> list[str]:

@@ -21,10 +21,10 @@ from raypkg.experiments.phases import stages_of
 from raypkg.experiments.resolve import resolve
 from raypkg.runs import folder as run_folder
 from raypkg.runs.catalog import resuming
+from raypkg.runs.document import terminal
 from raypkg.runs.folder import CONFIG, RunFolder
 from raypkg.runs.plots import in_full
 from raypkg.runs.report import Stage
-from raypkg.runs.show import terminal
 from raypkg.runs.storage import Storage
 
 from .show import conclude, show_study

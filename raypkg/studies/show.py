@@ -19,10 +19,10 @@ from raypkg.core.config import dotted, parse_toml
 from raypkg.core.errors import UserError, redacted
 from raypkg.runs import ROOT
 from raypkg.runs.catalog import GOING, STATES, resuming, state_of
-from raypkg.runs.document import Grid, document, link, paragraph, picture
+from raypkg.runs.document import Grid, document, link, paragraph, picture, terminal
 from raypkg.runs.folder import CONFIG, ENVIRONMENT, Environment, RunFolder, environment
 from raypkg.runs.plots import duration, in_full, save_plot, short
-from raypkg.runs.show import cost_grid, findings, print_grid, tables, terminal
+from raypkg.runs.show import cost_grid, findings, tables
 from raypkg.runs.storage import Storage
 
 from . import plots
@@ -85,7 +85,7 @@ def show_study(study: Study, table: Table | None = None) -> None:
     console = terminal()
     report = report_of(study, table)
     for grid, _ in report.sections:
-        print_grid(grid)
+        grid.print()
     for line in report.notes:
         console.print(line, style="dim", soft_wrap=True)
     for row in report.results:

@@ -187,7 +187,7 @@ def _shown(
             x, _ = source.batch(rows[:PICTURES])
             labels = [*zip(table["class"].tolist(), table[COLUMNS[settings.by]].tolist(), strict=True)][:PICTURES]
             images = x.permute(0, 2, 3, 1).numpy()  # [m, H, W, C]
-            save_plot(storage, "worst", partial(plots.gallery, f"The {len(labels)} worst", images, labels))
+            save_plot(storage, "worst", partial(plots.gallery, [(f"The {len(labels)} worst", images, labels)]))
     except UserError as error:
         note = f"without texts and pictures: {error}"
     headings = [name.replace("_", " ") for name in headings]
