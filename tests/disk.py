@@ -27,7 +27,7 @@ def quick() -> None:
     from raypkg.runs import folder, plots
 
     os.fsync = lambda descriptor: None
-    for name in ("curves", "costs", "composition", "scores", "images"):
+    for name in ("curves", "composition", "scores", "gallery"):
         setattr(plots, name, lambda *data: Path(data[-1]).write_bytes(b"picture"))
     hours = count(step=3600)
     FigureCanvasAgg.print_png = lambda canvas, path, **_: Path(path).write_bytes(b"picture")

@@ -79,7 +79,6 @@ def show(run: str, root: str, against: str | None, form: str | None) -> None:
     Example:
         effray lipt --name first && effray show first
     """
-    from raypkg.experiments.coreset_files import compare
     from raypkg.runs.catalog import locate
     from raypkg.runs.document import terminal
     from raypkg.runs.show import show_run
@@ -96,6 +95,8 @@ def show(run: str, root: str, against: str | None, form: str | None) -> None:
         return
     comparison = ""
     if against is not None:
+        from raypkg.experiments.coreset_files import compare  # it imports PyTorch
+
         other = locate(root, against)
         for each in (folder, other):
             if is_study(each.storage):

@@ -20,11 +20,13 @@ from raypkg.experiments.phases import stages_of, step_memory, with_workers
 from raypkg.experiments.resolve import resolve, selection_of, stored_settings
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.train import EmbedSettings, SelectSettings, planned
+from raypkg.runs.catalog import DONE, GOING, STATES, ago, find, resuming, state_of
 from raypkg.runs.document import Grid, terminal
 from raypkg.runs.folder import RunFolder, check_new, create
 from raypkg.runs.report import Stage
 from raypkg.runs.show import show_run
 from raypkg.runs.storage import Storage
+from raypkg.studies.study import study_around
 
 from .options import say
 
@@ -50,8 +52,6 @@ def execute(entry: Entry, base: Mapping[str, Any], values: Mapping[str, Any], na
 
 def resume_run(entry: Entry, name: str, values: Mapping[str, Any], root: str, refused: Mapping[str, Any]) -> None:
     """Resume an interrupted run, or show a finished one; refuse settings that would change the result."""
-    from raypkg.runs.catalog import find
-
     changed = [option for option, value in refused.items() if value is not None]
     changed += [setting for setting in values if setting.partition(".")[0] not in APART]
     if changed:
@@ -96,9 +96,6 @@ def _run(entry: Entry, settings: RunSettings, samples: Samples, folder: RunFolde
 
 def resume_command(folder: RunFolder, root: str) -> str:
     """Return the command that resumes a run, or its study if it is a trial."""
-    from raypkg.runs.catalog import resuming
-    from raypkg.studies.study import study_around
-
     storage = folder.storage
     if study := study_around(storage):
         return resuming(study.command, study.storage, root)
@@ -115,9 +112,6 @@ def show_unfinished(folder: RunFolder, root: str) -> None:
 
     The code that its settings name is not imported.
     """
-    from raypkg.runs.catalog import DONE, GOING, STATES, ago, state_of
-    from raypkg.studies.study import study_around
-
     stages: list[Stage] = []
     storage = folder.storage
     name = storage.parent.name

@@ -86,8 +86,8 @@ def folded(root: str, lines: Iterable[Listed]) -> list[Listed]:
         names, folds = studies.list(), []
     except UserError:
         names, folds = [], [unreadable(studies)]
-    for name in names:
-        folder, time = studies / name, None
+    for folder in (studies / name for name in names):
+        time = None
         try:
             if not is_study(folder):
                 continue
@@ -97,7 +97,7 @@ def folded(root: str, lines: Iterable[Listed]) -> list[Listed]:
             table = study.storage.read_table(RESULTS)
             state = state_of(study.storage) if study.left() else DONE
         except UserError:
-            bad = Listed(FOLDER, name, f"bad {RECORD}", "–", "–", FOLDER, None, None, None, time or 0.0)
+            bad = Listed(FOLDER, folder.name, f"bad {RECORD}", method=FOLDER, time=time or 0.0)
             folds.append(unreadable(folder) if time is None else bad)
             continue
         places = [(study.experiment, study.run_name(number)) for number in range(len(study.trials))]
@@ -108,7 +108,7 @@ def folded(root: str, lines: Iterable[Listed]) -> list[Listed]:
         measured = [rows[trial.name] for trial in done if rows.get(trial.name, {}).get(metric) is not None]
         backward = [trial.backward or rows.get(name, {}).get("backward") or 0 for name, trial in trials.items()]
         best = str(ranked(measured, metric, study.order.mode)[0]["run"]) if measured else ""
-        title = f"{name}: {len(done)} of {max(len(study.trials), study.order.samples)} trials done"
+        title = f"{study.name}: {len(done)} of {max(len(study.trials), study.order.samples)} trials done"
         line = Listed(
             experiment=study.experiment,
             name=f"{title}, best {best}" if best else title,

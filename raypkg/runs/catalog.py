@@ -142,13 +142,13 @@ class Listed(NamedTuple):
     experiment: str
     name: str
     state: str  # or the name of a damaged file
-    data: str
-    model: str
-    method: str  # the experiment, with its selection rule
-    accuracy: float | None  # on the test samples
-    backward: int | None  # samples back-propagated in all phases of a finished run
-    seconds: float | None  # on the critical path of a finished run
-    time: float  # of the last write, in seconds since 1970
+    data: str = "–"
+    model: str = "–"
+    method: str = "–"  # the experiment, with its selection rule
+    accuracy: float | None = None  # on the test samples
+    backward: int | None = None  # samples back-propagated in all phases of a finished run
+    seconds: float | None = None  # on the critical path of a finished run
+    time: float = 0.0  # of the last write, in seconds since 1970
 
 
 def runs_of(root: str, experiments: Iterable[str]) -> list[Listed]:
@@ -167,9 +167,8 @@ def runs_of(root: str, experiments: Iterable[str]) -> list[Listed]:
 
 def unreadable(storage: Storage) -> Listed:
     """Return the line of a folder that cannot be read, such as another user's."""
-    name, kind = storage.name, storage.parent.name
     time = storage.local.lstat().st_mtime if storage.local else 0.0
-    return Listed(kind, name, "unreadable", "–", "–", "–", None, None, None, time)
+    return Listed(storage.parent.name, storage.name, "unreadable", time=time)
 
 
 def _listed(storage: Storage) -> Listed | None:

@@ -181,7 +181,7 @@ def gallery(groups: Sequence[tuple[str, np.ndarray, Labels]], path: str | Path) 
             rows = max(1, math.ceil(len(pixels) / columns))
             pitch = WIDE * rows * TILE / columns  # the columns fill the gallery
             axes = figure.subplots()  # one frame: many frames take long to draw
-            for place, (image, (name, score)) in enumerate(zip(pixels, labels, strict=True)):
+            for place, (image, (name, score)) in enumerate(zip(pixels, labels, strict=False)):
                 row, column = divmod(place, columns)
                 x, y = column * pitch, row * TILE  # the middle of the image; its larger side is 1
                 height, width = np.divide(image.shape[:2], max(image.shape[:2]))

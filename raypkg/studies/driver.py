@@ -27,6 +27,7 @@ from raypkg.runs.plots import in_full
 from raypkg.runs.report import Stage
 from raypkg.runs.storage import Storage
 
+from .outcomes import Outcomes
 from .show import conclude, show_study
 from .study import AFTER, DONE, Study, TrialRun, Values
 from .tables import Table
@@ -100,8 +101,8 @@ class Driver:
         """Return the number of trials still to run in this call."""
         return len(self.waiting()) + len(self.study.further())
 
-    def run(self) -> None:
-        """Run the trials that are left, then write and show the results."""
+    def run(self) -> list[str]:
+        """Run the trials that are left, then write and show the results; return the verdicts of a comparison."""
         interrupted = False
         try:
             interrupted = self._run_trials()
@@ -124,6 +125,7 @@ class Driver:
         if self.settings.track.name == "wandb" and runs is not None and any(runs.parent.glob(pattern)):
             line = f"W&B runs are offline; send them with: wandb sync {shlex.quote(str(runs.parent))}/{pattern}"
             self.console.print(line, soft_wrap=True)
+        return [found["verdict"] for found in Outcomes(self.study, self.table).verdicts()] if self.table else []
 
     def ended(self, number: int, error: str | None) -> None:
         """Record and print how a trial ended."""

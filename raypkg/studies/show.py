@@ -18,7 +18,7 @@ from pydantic_core import to_json
 from raypkg.core.config import dotted, parse_toml
 from raypkg.core.errors import UserError, redacted
 from raypkg.runs import ROOT
-from raypkg.runs.catalog import GOING, STATES, resuming, state_of
+from raypkg.runs.catalog import GOING, STATES, is_study, resuming, state_of
 from raypkg.runs.document import Grid, document, link, paragraph, picture, terminal
 from raypkg.runs.folder import CONFIG, ENVIRONMENT, Environment, RunFolder, environment
 from raypkg.runs.plots import duration, in_full, save_plot, short
@@ -27,19 +27,7 @@ from raypkg.runs.storage import Storage
 
 from . import plots
 from .outcomes import Estimate, Line, Outcomes, front
-from .study import (
-    DONE,
-    FOLDER,
-    RESULTS,
-    Row,
-    Study,
-    as_table,
-    find_study,
-    is_study,
-    measured_points,
-    ranked,
-    study_around,
-)
+from .study import DONE, FOLDER, RESULTS, Row, Study, as_table, find_study, ranked, study_around
 from .tables import METRICS, NOT_PAID, PAID, REST, UNKNOWN, Table, stored_table
 
 BEST = "best.toml"
@@ -55,8 +43,6 @@ LEGEND = (
     " / 3 samples, evaluation excluded; verdict: the difference from the baseline's rows, interpolated at the row's"
     " work, paid or did not pay if its interval excludes 0; Pareto front: of the metric against work"
 )
-
-
 Section = tuple[Grid, Sequence[str]]  # a table of a report, and the plots below it by their names
 
 
@@ -237,7 +223,8 @@ def _sweep_report(study: Study, final: bool) -> Report:
     results = study.results(runs)
     in_order = ranked(results, metric, mode)
     best = next((row for row in in_order if row["state"] == DONE and row.get(metric) is not None), None)
-    points = measured_points(results, metric)
+    done = [row for row in results if row["state"] == DONE and row.get(metric) is not None]
+    points = {row["trial"]: (row["backward"], row[metric]) for row in done if row.get("backward") is not None}
     on_front = front(points, mode)
     names = list(dict.fromkeys(name for trial in study.trials for name in trial.settings or ()))
 

@@ -29,7 +29,7 @@ from raypkg.runs.folder import CONFIG, read_settings
 from raypkg.runs.storage import Storage
 
 from .driver import EVALUATE, Driver, varied
-from .outcomes import HELD_OUT, Outcomes
+from .outcomes import HELD_OUT
 from .spaces import check_space, open_space, read_space, space_of, trials_of
 from .study import FOLDER, MOST, RECORD, SPACE, TO_THE_END, Order, Study, Trial, Values, create_study, find_study
 from .tables import METRICS, REST, Table, stored_table, with_data
@@ -171,8 +171,7 @@ def start_comparison(
             united[part] = {**getattr(earlier, part), **united[part]}
         united["seeds"] = [*earlier.seeds, *(seed for seed in table.seeds if seed not in earlier.seeds)]
         study.change(settings, table=united, concurrent=concurrent)
-        Driver(study, settings, root, table, is_new=is_new).run()
-        return verdicts_of(study, table)
+        return Driver(study, settings, root, table, is_new=is_new).run()
 
 
 def resume_study(name: str, command: str, asked: Asked, values: Mapping[str, Any], root: str) -> list[str]:
@@ -215,13 +214,7 @@ def resume_study(name: str, command: str, asked: Asked, values: Mapping[str, Any
     check_data(study, settings)
     with study.storage.locked(f"study {name!r}"):
         study.change(settings, **asked)
-        Driver(study, settings, root, table, domains).run()
-        return verdicts_of(study, table) if table else []
-
-
-def verdicts_of(study: Study, table: Table) -> list[str]:
-    """Return the verdicts on the rows of a table."""
-    return [found["verdict"] for found in Outcomes(study, table).verdicts()]
+        return Driver(study, settings, root, table, domains).run()
 
 
 def plan(table: Table, config: Path | None, values: Mapping[str, Any], rate: float | None) -> Iterator[str]:

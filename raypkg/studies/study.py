@@ -322,15 +322,6 @@ def ranked(results: Iterable[Row], metric: str, mode: str) -> list[Row]:
     return sorted(results, key=key)
 
 
-def measured_points(results: Iterable[Row], metric: str) -> dict[int, tuple[float, float]]:
-    """Return samples backward and metric of the done trials, by number."""
-    points = {}
-    for row in results:
-        if row["state"] == DONE and row.get(metric) is not None and row.get("backward") is not None:
-            points[row["trial"]] = (row["backward"], row[metric])
-    return points
-
-
 def as_table(results: Sequence[Row]) -> pa.Table:
     """Return the results of trials as a table with a column for each figure that one of them has."""
     columns = {}
