@@ -74,7 +74,7 @@ SETTINGS = cases(
         "sparse --density 0.5 --multiplier 1000000000000": "1000000000000 of 40 epochs: at most 1,000,000 in all",
         "tune crest --space nowhere.py": "there is no space file 'nowhere.py'",
         "tune crest --resume nope": "unknown sweep in … 'nope' … Allowed: sweep",
-        "tune lipt --resume sweep": "sweep 'sweep' is of crest, not of lipt",
+        "tune lipt --resume sweep": "'sweep' was not begun by effray tune lipt: resume it with effray tune crest",
         "tune crest --resume sweep --concurrent 0": "--concurrent 0: at least 1",
         "train --cluster.workers 1 --cluster.address 127.0.0.1:1": "127.0.0.1:1 … --cluster.workers 0",
     },
