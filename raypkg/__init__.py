@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .coresets.gradients import HeadView as HeadView
     from .coresets.gradients import head_view as head_view
     from .coresets.loader import CoresetLoader as CoresetLoader
-    from .coresets.rows import Rows as Rows
+    from .coresets.record import Rows as Rows
     from .data import load_data as load_data
     from .data.coreset import Coreset as Coreset
     from .data.split import Split as Split
@@ -50,7 +50,7 @@ _PLACES = {
     "GradientCorrection": "methods.agent.correction",
     "HeadView": "coresets.gradients",
     "Hook": "engine.run",
-    "Rows": "coresets.rows",
+    "Rows": "coresets.record",
     "Run": "engine.run",
     "SparseTraining": "methods.sparse.training",
     "Split": "data.split",

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from raypkg.coresets.rows import Rows
+from raypkg.coresets.record import Rows
 from raypkg.coresets.rules import coreset
 
 

@@ -17,9 +17,9 @@ from raypkg.core.seeds import generator
 from raypkg.coresets.record import Recorder
 from raypkg.engine.worker import Worker
 from raypkg.methods.crest import colm
-from raypkg.methods.crest.colm import AdamMoments, LastValues, choose
+from raypkg.methods.crest.colm import LastValues, choose
 from raypkg.methods.crest.hook import Crest
-from raypkg.methods.crest.quadratic import flat
+from raypkg.methods.crest.quadratic import MovingMoments, flat
 from raypkg.methods.crest.settings import CrestOptions
 from raypkg.models.language import ATTENTION, LanguageModel, with_adapters
 
@@ -116,7 +116,7 @@ def test_choices_equal_brute_force_over_several_steps(rank_one, size, monkeypatc
     monkeypatch.setattr(colm, "KEPT", 5)
     monkeypatch.setattr(colm, "AT_ONCE", 60)  # a few rows at a time
     zero = torch.zeros(17, dtype=torch.float64)
-    moments, first, second = AdamMoments(zero, zero), zero, zero
+    moments, first, second = MovingMoments(zero, zero), zero, zero
     for t in range(1, 5):
         rng = generator(0, "gradients", t)
         z = torch.randn(17, generator=rng, dtype=torch.float64) if rank_one else None

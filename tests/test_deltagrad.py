@@ -12,7 +12,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Model
 from raypkg.data import Data
 from raypkg.data.split import Split, aligned
-from raypkg.engine.shards import LocalShards, Shard
+from raypkg.engine.shards import Shard, WorkerShards
 from raypkg.methods.deltagrad.answer import ShardedGradient
 from raypkg.methods.deltagrad.history import DIGESTS, RECORDS, History, HistoryWriter, Layout, check_room
 from raypkg.methods.deltagrad.journal import Journal
@@ -183,7 +183,7 @@ def test_linearised_training_is_the_recursion_with_a_dense_hessian(batch_size, m
 def test_shards_give_the_same_sum(holders):
     shards = [Shard(Data(SPLIT, SPLIT), part, part[:0]) for part in torch.arange(N).tensor_split(holders)]
     w, indices = torch.randn(C * (D + 1), generator=generator(), dtype=torch.float64), torch.randperm(N)[:70]
-    sharded = ShardedGradient(LINEAR, SPLIT, LocalShards(shards), few=10)
+    sharded = ShardedGradient(LINEAR, SPLIT, WorkerShards(shards), few=10)
     torch.testing.assert_close(sharded(w, indices), LINEAR.gradient_sum(SPLIT, w, indices), rtol=0, atol=1e-12)
     assert sharded.samples == 70
 

@@ -30,7 +30,7 @@ from raypkg.data.split import Split
 from raypkg.engine.batches import training_batch
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Hook, Run
-from raypkg.engine.shards import LocalShards, Shard
+from raypkg.engine.shards import Shard, WorkerShards
 from raypkg.engine.worker import CPU, Worker
 from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
@@ -137,7 +137,7 @@ def reselection(device, samples, rule, **options):
     recorder, everyone = Recorder(samples.y), torch.arange(N)
     shard = Shard(Data(samples, samples), everyone, everyone[:0], device)
     settings = Reselect(rule=rule, fraction=0.5, warm_epochs=1, every_epochs=1, weighted=True, **options)
-    return [recorder, Reselection(settings, LocalShards([shard]), recorder, everyone)]
+    return [recorder, Reselection(settings, WorkerShards([shard]), recorder, everyone)]
 
 
 def sparse(device, samples, update_every_steps=2, **settings):

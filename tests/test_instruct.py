@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from forked import effray, kill_at
-from raypkg.coresets.rows import Rows
+from raypkg.coresets.record import Rows
 from raypkg.coresets.rules import coreset
 from raypkg.data import load_data
 from raypkg.engine.shards import Shard

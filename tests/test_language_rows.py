@@ -17,7 +17,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.per_sample import adapter_gradients
-from raypkg.coresets.rows import Rows
+from raypkg.coresets.record import Rows
 from raypkg.coresets.rules import coreset
 from raypkg.methods.language.api import Moments, Projection, less_rows, moments_of, over_checkpoints, state_rows
 

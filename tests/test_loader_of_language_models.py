@@ -15,7 +15,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.budgets import select
 from raypkg.coresets.loader import CoresetLoader
-from raypkg.coresets.rows import Rows
+from raypkg.coresets.record import Rows
 from raypkg.methods.crest.loader import CrestLoader
 from raypkg.models.language import LanguageModel, with_adapters
 from test_integrations import CLIP, EPOCHS, trainer_of

@@ -23,7 +23,7 @@ from raypkg.data.split import Split
 from raypkg.engine.batches import plain_batches
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Hook, Run, Seen
-from raypkg.engine.shards import LocalShards, class_shards
+from raypkg.engine.shards import WorkerShards, class_shards
 from raypkg.engine.worker import Cost, Worker
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
@@ -52,7 +52,7 @@ class Diary(Hook):
 def run(first=None, training=PLAIN, **select_settings):
     data, indices, diary = split(), torch.arange(N), Diary()
     recorder, none = Recorder(data.y), torch.empty(0, dtype=torch.int64)
-    shards = LocalShards(class_shards(Data(data, data), data.y, indices, none, 1))
+    shards = WorkerShards(class_shards(Data(data, data), data.y, indices, none, 1))
     chosen = Reselection(Reselect(**{"fraction": 0.2, **select_settings}), shards, recorder, indices, first)
     model = build_model("mlp", (5,), 3, seed=0)
     return Run.simple(model, data, training, hooks=[recorder, chosen, diary])

@@ -17,7 +17,7 @@ from raypkg.coresets.solvers import largest
 from raypkg.data import Data
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
-from raypkg.engine.shards import LocalShards, class_shards
+from raypkg.engine.shards import WorkerShards, class_shards
 from raypkg.models import build_model
 
 BY_CLASS = [name for name, entry in coreset.entries.items() if entry.sees == "gradients" and entry.by_class]
@@ -370,7 +370,7 @@ def test_scores_are_averaged_over_the_models(name, gradients, holders, balanced)
     groups = [(y == label).nonzero()[:, 0] for label in range(3)] if balanced else [torch.arange(n)]
     expected = torch.cat([group[mean[group].topk(budget // len(groups)).indices] for group in groups])
 
-    shards = LocalShards(class_shards(Data(split, split), y, torch.arange(n), ints(), holders))
+    shards = WorkerShards(class_shards(Data(split, split), y, torch.arange(n), ints(), holders))
     options = {} if gradients is None else {"gradients": gradients}
     settings = Select(rule=name, fraction=budget / n, balanced=balanced, options=options)
     scorers = [LiveModel(model, "float32") for model in models]

@@ -19,7 +19,7 @@ from raypkg.coresets.sharded import LiveModel, select_coreset, target_of
 from raypkg.data import Data, load_data
 from raypkg.data.split import Split
 from raypkg.engine.batches import plain_batches
-from raypkg.engine.shards import LocalShards, class_shards
+from raypkg.engine.shards import WorkerShards, class_shards
 from raypkg.models import build_model
 
 WITH_TARGET = ("craig", "glister", "gradmatch", "gradmatchpb")
@@ -76,7 +76,7 @@ def picked(name, target, *, balanced=True, holders=1, valid=NONE, options=None):
     kept = torch.arange(N)[~torch.isin(torch.arange(N), valid)]
     chosen = {"rule": name, "balanced": balanced, "target": target, "options": options or {}}
     settings = Select(fraction=0.2, weighted=True, **chosen)
-    shards = LocalShards(class_shards(Data(split, split), split.y, kept, valid, holders))
+    shards = WorkerShards(class_shards(Data(split, split), split.y, kept, valid, holders))
     scorer = LiveModel(model(), "float32")
     return select_coreset(shards, [scorer], settings, Record.empty(split.y), kept, seed=0)
 

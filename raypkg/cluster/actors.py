@@ -9,7 +9,7 @@ import torch
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
-from raypkg.engine.shards import LocalShards, Shard, Shards
+from raypkg.engine.shards import Shard, Shards, WorkerShards
 from raypkg.engine.worker import threads
 
 from .capacity import Plan, plan
@@ -86,7 +86,7 @@ def hold(split: Callable[[int], Sequence[Shard]], cluster: Cluster) -> Iterator[
     """
     if cluster.workers == 0:
         with threads(cluster.cpus_without_gpu):
-            yield LocalShards(split(1))
+            yield WorkerShards(split(1))
         return
     connect(cluster)
     size = plan(cluster)

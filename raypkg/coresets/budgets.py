@@ -17,8 +17,7 @@ from raypkg.data.coreset import Coreset
 from raypkg.engine.worker import CPU, memory_bound
 
 from .gradients import HeadView
-from .record import Record
-from .rows import Rows
+from .record import Record, Rows
 from .rules import Rule, coreset
 
 GIBIBYTE = 2**30

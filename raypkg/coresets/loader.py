@@ -35,9 +35,8 @@ from .batches import (
 )
 from .budgets import budget_of, select
 from .gradients import HeadView, gradient_norms, head_view
-from .record import Record, margins_of
+from .record import Record, Rows, margins_of
 from .reselection import check_schedule, idle_target
-from .rows import Rows
 from .rules import coreset
 
 LOADING = (

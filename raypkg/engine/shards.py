@@ -57,23 +57,15 @@ class Shards(Protocol):
         """Return ``function(shard, *broadcast)`` of every shard, in the order of the shards."""
 
 
-class LocalShards:
-    """Shards in this process, visited one after another."""
-
-    def __init__(self, shards: Sequence[Shard]):
-        self.shards = shards
-
-    def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
-        """Return ``function(shard, *broadcast)`` of every shard."""
-        return [function(shard, *broadcast) for shard in self.shards]
-
-
 class WorkerShards:
-    """Shards of the workers of a training group, shard r on worker r; all workers call ``map`` together."""
+    """Shards of the workers of a training group, shard r on worker r, or all of them in this process, in turn.
 
-    def __init__(self, shards: Sequence[Shard], worker: Worker):
-        self._mine = shards[worker.rank : worker.rank + 1]  # none for the workers beyond the last shard
-        self.worker = worker
+    All workers call ``map`` together.
+    """
+
+    def __init__(self, shards: Sequence[Shard], worker: Worker | None = None):
+        self.worker = worker or Worker()
+        self._mine = shards[self.worker.rank :: self.worker.world]  # none for the workers beyond the last shard
 
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
         """Return ``function(shard, *broadcast)`` of every shard to every worker."""

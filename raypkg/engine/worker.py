@@ -32,6 +32,7 @@ M_MMAP_THRESHOLD = -3  # glibc's malloc.h: size from which on a block lies outsi
 CPU = torch.device("cpu")
 LARGEST_MMAP_THRESHOLD = 32 * 2**20  # bytes; glibc refuses more
 NEVER = -1
+_running = threading.local()
 # Fields of which a joint bill has the largest value, for work in parallel and in turn; of the others it has the sum.
 LARGEST_IN_TURN = ("memory", "device_memory", "peak")
 LARGEST_IN_PARALLEL = (*LARGEST_IN_TURN, "seconds", "waited", "sent")
@@ -211,12 +212,12 @@ class Cost:
 
     def __enter__(self) -> "Cost":
         self._start = time.perf_counter()
-        _running.bills.append(self)
+        _bills().append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         elapsed = time.perf_counter() - self._start
-        _running.bills.pop()
+        _bills().pop()
         self.seconds += elapsed
         self.total_seconds += elapsed
         self.memory = max(self.memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -254,20 +255,16 @@ class Cost:
         return {name: value for name, value in asdict(self).items() if value or name not in ("operations", "peak")}
 
 
-class _Running(threading.local):
-    """The bills of the blocks that a thread is in, the innermost last."""
-
-    def __init__(self) -> None:
-        self.bills: list[Cost] = []
-
-
-_running = _Running()
-
-
 @contextmanager
 def waiting() -> Iterator[None]:
     """Bill the seconds of a block as waiting for a batch to the innermost running bill, if any."""
     start = time.perf_counter()
     yield
-    if _running.bills:
-        _running.bills[-1].waited += time.perf_counter() - start
+    if _bills():
+        _bills()[-1].waited += time.perf_counter() - start
+
+
+def _bills() -> list[Cost]:
+    """Return the bills of the blocks that this thread is in, the innermost last."""
+    bills: list[Cost] = vars(_running).setdefault("bills", [])
+    return bills

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from raypkg import Coreset, Hook, Run, Split, build_model, evaluate, fit, language, load_data
-from raypkg.coresets.rows import Rows
-from raypkg.coresets.rules.rows import less, rds_plus
+from raypkg.coresets.record import Rows
+from raypkg.coresets.rules.scores import less, rds_plus
 from raypkg.methods.language.api import Moments, Projection, moments_of, over_checkpoints
 from raypkg.studies.outcomes import half_interval
 

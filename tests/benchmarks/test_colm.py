@@ -15,7 +15,7 @@ import torch
 from raypkg.core.seeds import generator
 from raypkg.engine.worker import threads
 from raypkg.methods.crest.algorithm import CHUNK
-from raypkg.methods.crest.colm import AdamMoments, LastValues, choose, quotas
+from raypkg.methods.crest.colm import LastValues, choose, quotas
 from raypkg.models.language import ATTENTION, LanguageModel, with_adapters
 
 pytestmark = [pytest.mark.bench, pytest.mark.data]
@@ -75,7 +75,7 @@ class Chooser:
 
     def __init__(self, model, kind):
         self.model, self.kind, self.last = model, kind, LastValues(model)
-        self.moments = AdamMoments(torch.zeros(self.last.size), torch.zeros(self.last.size))
+        self.moments = MovingMoments(torch.zeros(self.last.size), torch.zeros(self.last.size))
         self.number = 0
 
     def __call__(self, x, sources, *, update=False):

@@ -12,7 +12,7 @@ from raypkg.core.settings import Dataset, Select
 from raypkg.coresets.record import Record
 from raypkg.coresets.sharded import LiveModel, select_coreset
 from raypkg.data import load_data
-from raypkg.engine.shards import LocalShards, class_shards
+from raypkg.engine.shards import WorkerShards, class_shards
 from raypkg.models import build_model
 
 pytestmark = [pytest.mark.bench, pytest.mark.data]
@@ -32,7 +32,7 @@ def test_selection_against_the_forward_pass():
             scorer.view(shard, everyone[data.train.y == label])
 
     def selection():
-        select_coreset(LocalShards([shard]), [scorer], settings, record, everyone, seed=0)
+        select_coreset(WorkerShards([shard]), [scorer], settings, record, everyone, seed=0)
 
     def seconds(work):
         start = time.perf_counter()

@@ -12,8 +12,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.budgets import select, select_class
 from raypkg.coresets.gradients import HeadView
-from raypkg.coresets.record import Record, margins_of
-from raypkg.coresets.rows import Rows
+from raypkg.coresets.record import Record, Rows, margins_of
 from raypkg.coresets.rules import coreset
 
 N = 60

@@ -8,8 +8,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
 from raypkg.data import Data
 from raypkg.data.split import Split
-from raypkg.engine.shards import LocalShards, Shard, WorkerShards, class_shards
-from raypkg.engine.worker import Worker
+from raypkg.engine.shards import Shard, WorkerShards, class_shards
 
 N, C = 60, 3
 
@@ -34,11 +33,9 @@ ARGUMENTS = 2.0, torch.tensor([1.0, 10.0])
 EXPECTED = [sums(shard, *ARGUMENTS) for shard in held()]
 
 
-@pytest.mark.parametrize(
-    ("shards", "expected"), [(LocalShards(held()), EXPECTED), (WorkerShards(held()[:1], Worker()), EXPECTED[:1])]
-)
-def test_map(shards, expected):
-    assert shards.map(sums, *ARGUMENTS) == expected
+def test_map():
+    shards = WorkerShards(held())
+    assert shards.map(sums, *ARGUMENTS) == EXPECTED
     with pytest.raises(UserError, match="shard 0 refuses"):
         shards.map(refuse)
 

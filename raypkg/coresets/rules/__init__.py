@@ -50,12 +50,6 @@ class Rule(Entry):
         """The classes in the annotation of its samples; empty without an annotation."""
         return tuple(kind for kind in _annotated(self.function) if isinstance(kind, type))
 
-    def options(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the keyword arguments for a user's options, validated and converted by the schema."""
-        if "target" in values:  # an option of gradmatch, before it was a setting of all such rules
-            raise UserError(f"{self.name} option target is now called select.target")
-        return super().options(values)
-
 
 class Rules(Registry):
     """The registry of coreset rules."""
@@ -91,8 +85,7 @@ class Rules(Registry):
         return cast(Rule, super().__getitem__(name))
 
     def _entry(self, name: str, function: Callable[..., Any], source: str) -> Rule:
-        from raypkg.coresets.record import Record
-        from raypkg.coresets.rows import Rows
+        from raypkg.coresets.record import Record, Rows
 
         entry = super()._entry(name, function, source)
         annotated = _annotated(function)

@@ -20,9 +20,20 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.batches import Worker
 from raypkg.coresets.gradients import HeadView, head_view
+from raypkg.data.coreset import Coreset
 from raypkg.models.classifier import in_mode
 
-from .quadratic import Derive, Region, check_interval, flat, gradient_of, hessian_diagonal, relative_error
+from .quadratic import (
+    BETAS,
+    Derive,
+    MovingMoments,
+    Region,
+    check_interval,
+    flat,
+    gradient_of,
+    hessian_diagonal,
+    relative_error,
+)
 from .selection import ActiveSamples, Chosen, Pool, Subset, choose_minibatches
 from .settings import CrestOptions
 
@@ -185,7 +196,10 @@ class CrestAlgorithm:
         # Two random subsets at least stay active, so that subsets remain random.
         self.least_active = max(ceil(options.keep_active * len(indices)), 2 * self.subset_size)
         samples = ActiveSamples.all_of(indices)
-        region = Region.unfitted(options.order, smoothed=options.smoothing != "none")
+        zero = torch.zeros(())  # takes the shape of the first gradient
+        betas = BETAS if options.smoothing != "none" else (0.0, 0.0)
+        moments = MovingMoments(zero, zero if options.order == 2 else None, betas=betas)
+        region = Region(moments, anchor=torch.empty(0))
         self.state = CrestState(samples, region, Pool(0, 0, samples.candidates, weights=None))
         self.step = 0
         self.awaits_gradient = False  # ``on_gradients`` will fit the local model of a new region
@@ -365,7 +379,10 @@ class CrestAlgorithm:
         values = deepcopy(dict(state))  # losses and counts change in place
         for part, former in ((values, "coming"), (values["region"], "drift"), (values["pool"], "awaited")):
             part.pop(former, None)  # of earlier versions
-        values["samples"] = ActiveSamples(**values["samples"])
-        values["region"] = Region.restored(values["region"])
-        values["pool"] = Pool.restored(values["pool"])
-        self.state = CrestState(**values)
+        region, pool = values["region"], values["pool"]
+        region["moments"] = MovingMoments(**region["moments"])
+        for chosen in pool["chosen"].values():
+            chosen["coreset"] = Coreset(**chosen["coreset"])
+        pool["chosen"] = {p: Chosen(**chosen) for p, chosen in pool["chosen"].items()}
+        samples = ActiveSamples(**values["samples"])
+        self.state = CrestState(samples, Region(**region), Pool(**pool), values["history"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,12 +24,13 @@ from raypkg.data.coreset import Coreset
 from raypkg.models.language import LanguageModel
 
 from .algorithm import CrestAlgorithm, LossesOf
+from .quadratic import MovingMoments
 from .selection import Chosen, Pool, Subset
 
 VALUES = "v_proj"  # name of a value projection in transformers' decoders
 EPSILON = 1e-3  # ε of the zeroth-order step
 KEPT = 2560  # coordinates of a feature
-BETAS, TINY = (0.9, 0.999), 1e-8  # of Adam
+TINY = 1e-8  # of Adam
 AT_ONCE = 2**20  # entries of gradients in memory at a time
 
 
@@ -151,39 +152,22 @@ def check_kind(model: Any, choice: str) -> None:
         raise UserError(f"CoLM chooses for language models, such as transformers-lm:NAME, not for a {kind}")
 
 
-@dataclass(frozen=True, eq=False)
-class AdamMoments:
-    """Moving averages of the chosen samples' gradients, by which Adam would scale a sample's gradient."""
+def scaled(moments: MovingMoments, gradients: Tensor) -> Tensor:
+    """Return gradients [b, p] as Adam would use each of them at step t, after the moments m and v of t − 1 steps.
 
-    first: Tensor  # m, [p]; zero at first
-    second: Tensor  # v, [p]
-    steps: int = 0  # t − 1
+        m_i = (β1 m + (1 − β1) g_i) / (1 − β1^t)    v_i = (β2 v + (1 − β2) g_i²) / (1 − β2^t)    m_i / (√v_i + 1e-8)
 
-    def scaled(self, gradients: Tensor) -> Tensor:
-        """Return gradients [b, p] as Adam would use each of them at step t, [b, p].
+    At the first step, these are signs.
 
-            m_i = (β1 m + (1 − β1) g_i) / (1 − β1^t)    v_i = (β2 v + (1 − β2) g_i²) / (1 − β2^t)    m_i / (√v_i + 1e-8)
-
-        At the first step, these are signs.
-
-        >>> AdamMoments(torch.zeros(2), torch.zeros(2)).scaled(torch.tensor([[4.0, -9.0]])).round(decimals=3)
-        tensor([[ 1., -1.]])
-        """
-        (beta1, beta2), t = BETAS, self.steps + 1
-        first = (beta1 * self.first + (1 - beta1) * gradients) / (1 - beta1**t)
-        second = (beta2 * self.second + (1 - beta2) * gradients.square()) / (1 - beta2**t)
-        return first / (second.sqrt() + TINY)
-
-    def to(self, device: torch.device) -> AdamMoments:
-        """Return the averages on a device: a checkpoint restores them on the CPU."""
-        return replace(self, first=self.first.to(device), second=self.second.to(device))
-
-    def updated(self, gradient: Tensor) -> AdamMoments:
-        """Return the averages with one more gradient [p]."""
-        beta1, beta2 = BETAS
-        first = beta1 * self.first + (1 - beta1) * gradient
-        second = beta2 * self.second + (1 - beta2) * gradient.square()
-        return replace(self, first=first, second=second, steps=self.steps + 1)
+    >>> scaled(MovingMoments(torch.zeros(2), torch.zeros(2)), torch.tensor([[4.0, -9.0]])).round(decimals=3)
+    tensor([[ 1., -1.]])
+    """
+    (beta1, beta2), t = moments.betas, moments.updates + 1
+    m, v = moments.first.to(gradients), moments.second
+    assert v is not None
+    first = (beta1 * m + (1 - beta1) * gradients) / (1 - beta1**t)
+    second = (beta2 * v.to(gradients) + (1 - beta2) * gradients.square()) / (1 - beta2**t)
+    return first / (second.sqrt() + TINY)
 
 
 def quotas(counts: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -202,8 +186,8 @@ def quotas(counts: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def choose(
-    factors: Tensor, direction: Tensor | None, sources: Tensor, size: int, moments: AdamMoments
-) -> tuple[Tensor, AdamMoments]:
+    factors: Tensor, direction: Tensor | None, sources: Tensor, size: int, moments: MovingMoments
+) -> tuple[Tensor, MovingMoments]:
     """Choose m = ``size`` of r samples; return their positions, int64 [m] ascending, and the averages after the step.
 
         S_q = argmin Σ_{i∈V_q} min_{j∈S_q} ‖f_i − f_j‖₁,   |S_q| = quota of the large source q
@@ -236,9 +220,9 @@ def choose(
         if budget < len(members):
             # Two passes over the gradients: [r, p] may not fit, and [r, 2560] does.
             parts = members.split(rows)
-            total = torch.stack([moments.scaled(gradients(part)).abs().sum(dim=0) for part in parts]).sum(dim=0)
+            total = torch.stack([scaled(moments, gradients(part)).abs().sum(dim=0) for part in parts]).sum(dim=0)
             kept = total.topk(min(KEPT, len(total))).indices
-            features = torch.cat([moments.scaled(gradients(part))[:, kept] for part in parts])
+            features = torch.cat([scaled(moments, gradients(part))[:, kept] for part in parts])
             distances = KnownDistances(torch.cdist(features, features, p=1).cpu())
             members = members[facility_location(distances, budget)] if budget else members[:0]
         picked.append(members)
@@ -246,13 +230,14 @@ def choose(
             of_large.append(members)
     chosen = torch.cat(of_large)
     total = torch.stack([gradients(part).sum(dim=0) for part in chosen.split(rows)]).sum(dim=0)
-    return torch.cat(picked).sort().values, moments.updated(total / len(chosen))
+    mean = total / len(chosen)
+    return torch.cat(picked).sort().values, moments.updated(mean, mean)
 
 
 class Colm(CrestAlgorithm):
     """CREST's loop at τ = 0 with CoLM's choice: every step draws r samples and keeps m, unweighted."""
 
-    moments: AdamMoments | None = None  # None before the first choice
+    moments: MovingMoments | None = None  # of the chosen samples' gradients; None before the first choice
 
     @cached_property
     def last(self) -> LastValues:
@@ -276,8 +261,8 @@ class Colm(CrestAlgorithm):
         losses, factors, sources = self.loop.value_gradients(compute, subset)
         factors = factors.to(last.parameters[0].device)
         zero = factors.new_zeros(last.size)
-        moments = self.moments or AdamMoments(zero, zero)
-        picked, self.moments = choose(factors, direction, sources, self.size, moments.to(zero.device))
+        moments = self.moments or MovingMoments(zero, zero)
+        picked, self.moments = choose(factors, direction, sources, self.size, moments)
         picked = self.loop.worker.first(picked)
         kept, losses = subset[picked], losses.cpu()
         coreset = Coreset.uniform(kept.indices)
@@ -290,6 +275,8 @@ class Colm(CrestAlgorithm):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state."""
         values = dict(state)
-        moments = values.pop("moments")
-        self.moments = moments and AdamMoments(**moments)
+        if moments := values.pop("moments"):
+            updates = moments.get("updates", moments.get("steps"))  # its name in earlier versions
+            moments = MovingMoments(moments["first"], moments["second"], updates)
+        self.moments = moments
         super().load_state_dict(values)

@@ -7,9 +7,8 @@ trained parameters, one after another, float32 [p].
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +52,7 @@ def hessian_diagonal(loss: Tensor, parameters: Sequence[Tensor], rng: torch.Gene
 
 @dataclass(frozen=True, eq=False)
 class MovingMoments:
-    """Exponential means of gradients and of squared Hessian diagonals."""
+    """Exponential means of gradients and of squared Hessian diagonals, or of squared gradients, as Adam has them."""
 
     first: Tensor  # (1−β1) Σ_s β1^(l−s) g_s, [p]
     second: Tensor | None  # (1−β2) Σ_s β2^(l−s) diag(H_s)², [p]; None: the model is linear
@@ -94,18 +93,6 @@ class Region:
     interval: int = 1  # T1
     age: int = 0  # steps since the last check
     first_curvature: float = 0.0  # ‖H̄_0‖; 0 = not measured yet
-
-    @classmethod
-    def unfitted(cls, order: int, *, smoothed: bool) -> "Region":
-        """Return the region before the first fit, of a model of order 1 or 2."""
-        zero = torch.zeros(())  # takes the shape of the first gradient
-        betas = BETAS if smoothed else (0.0, 0.0)
-        return cls(MovingMoments(zero, zero if order == 2 else None, betas=betas), anchor=torch.empty(0))
-
-    @classmethod
-    def restored(cls, saved: Mapping[str, Any]) -> "Region":
-        """Return the region whose fields a checkpoint holds."""
-        return cls(**{**saved, "moments": MovingMoments(**saved["moments"])})
 
     def prediction(self, parameters: Tensor, loss: float) -> float:
         """Return F(w − w_l) at the weights w [p], for samples with a known loss at w_l."""

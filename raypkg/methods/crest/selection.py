@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -202,9 +201,3 @@ class Pool:
         # One generator per step: its draw does not depend on where an interval or a resumed training begins.
         generators = (generator(seed, "crest draw", step) for step in steps)
         return [int(torch.randint(self.size, (), generator=rng)) for rng in generators]
-
-    @classmethod
-    def restored(cls, saved: Mapping[str, Any]) -> Pool:
-        """Return the pool whose fields a checkpoint holds."""
-        chosen = {p: Chosen(**{**each, "coreset": Coreset(**each["coreset"])}) for p, each in saved["chosen"].items()}
-        return cls(**{**saved, "chosen": chosen})

@@ -24,8 +24,7 @@ from raypkg.core.seeds import derive, generator
 from raypkg.core.settings import Dataset
 from raypkg.coresets.budgets import budget_of, select
 from raypkg.coresets.per_sample import trained_linears
-from raypkg.coresets.record import Record
-from raypkg.coresets.rows import Rows
+from raypkg.coresets.record import Record, Rows
 from raypkg.coresets.sharded import target_of
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split, at_hand
