@@ -241,15 +241,11 @@ def test_kcenter_takes_repeated_samples_last_and_by_position():
     assert coreset["kcenter"](view, 5).indices.tolist() == [0, 2, 1, 3, 4]
 
 
-def test_moderate_by_hand():
-    view = in_feature_space([[-6.0], [-2.0], [-1.0], [2.0], [7.0]])  # distances 6 2 1 2 7 from 0, median 2
-    assert coreset["moderate"](view, 4).indices.tolist() == [1, 3, 2, 0]
-    view = in_feature_space([[-6.0], [-2.0], [1.0], [7.0]])  # of 6 2 1 7 the lower middle is 2
-    assert coreset["moderate"](view, 4).indices.tolist() == [1, 2, 0, 3]
-
-
-def test_moderate_compares_samples_with_their_own_class():
+def test_moderate_by_hand_and_within_each_class():
     first, second = [[-6.0], [-2.0], [-1.0], [2.0], [7.0]], [[90.0], [100.0], [110.5], [99.5]]
+    assert coreset["moderate"](in_feature_space(first), 4).indices.tolist() == [1, 3, 2, 0]  # 6 2 1 2 7 from 0
+    even = in_feature_space([[-6.0], [-2.0], [1.0], [7.0]])  # of 6 2 1 7 the lower middle is 2
+    assert coreset["moderate"](even, 4).indices.tolist() == [1, 2, 0, 3]
     view = in_feature_space(first + second, [1] * 5 + [3] * 4)  # centres 0 and 100; distances of class 3: 10 0 10.5 .5
     assert coreset["moderate"](view, 5).indices.tolist() == [1, 3, 8, 6, 2]
     assert select(view, 4, "moderate", seed=0).indices.tolist() == [1, 3, 8, 6]

@@ -22,7 +22,7 @@ from raypkg.engine.run import Hook, Run
 from raypkg.methods.crest import quadratic
 from raypkg.methods.crest.hook import Crest
 from raypkg.methods.crest.quadratic import MovingMoments, Region, flat, gradient_of, hessian_diagonal
-from raypkg.methods.crest.selection import ActiveSamples, logit_gradients, minibatch_coreset
+from raypkg.methods.crest.selection import ActiveSamples, minibatch_coreset
 from raypkg.methods.crest.settings import CrestOptions
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
@@ -43,10 +43,10 @@ def test_medoids_and_weights_equal_brute_force(seed, dtype):
     p = reference.problem(50, 5, 7, seed=seed, dtype=dtype)
     logits = reference.logits(p.head, p.features)
     medoids, shares = reference.minibatch(logits, p.y, 12)
-    picked = minibatch_coreset(logit_gradients(logits, p.y), 12)
+    picked = minibatch_coreset(logits, p.y, 12)
     assert picked.indices.tolist() == medoids
     torch.testing.assert_close(picked.weights, torch.tensor(shares) * 12 / 50)
-    whole = minibatch_coreset(logit_gradients(logits, p.y), 51)  # more than there are: the subset itself
+    whole = minibatch_coreset(logits, p.y, 51)  # more than there are: the subset itself
     assert (whole.indices.tolist(), whole.weights.tolist()) == (list(range(50)), [1.0] * 50)
 
 

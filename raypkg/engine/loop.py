@@ -225,15 +225,6 @@ def own_losses(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: 
     return losses
 
 
-def figure_of(metric: Callable[[Tensor, Tensor], Any], logits: Tensor, y: Tensor) -> float:
-    """Return a user's figure of logits [n, C] and labels [n]."""
-    value = metric(logits, y)
-    with suppress(TypeError, ValueError, RuntimeError):
-        if math.isfinite(figure := float(value)):
-            return figure
-    raise UserError(f"train.metric must return a finite number, not {shown(value)}")
-
-
 def output_of(model: nn.Module, x: Tensor, views: str) -> Any:
     """Return the model's output on x, or the mean logits of ``views`` of images [b, C, H, W] (arXiv:2404.00498).
 
@@ -316,5 +307,10 @@ def evaluate(
     metrics = {"loss": mean_loss, "accuracy": accuracy}
     if metric:  # slices are consecutive, in the order of ranks
         logits = torch.cat([part for parts in worker.gather(outputs) for part in parts])
-        metrics["metric"] = figure_of(metric, logits, split.y[indices])
+        value = metric(logits, split.y[indices])
+        metrics["metric"] = math.nan
+        with suppress(TypeError, ValueError, RuntimeError):
+            metrics["metric"] = float(value)
+        if not math.isfinite(metrics["metric"]):
+            raise UserError(f"train.metric must return a finite number, not {shown(value)}")
     return metrics | {"perplexity": math.exp(min(mean_loss, MOST_NATS))} if answers else metrics

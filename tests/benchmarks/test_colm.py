@@ -16,6 +16,7 @@ from raypkg.core.seeds import generator
 from raypkg.engine.worker import threads
 from raypkg.methods.crest.algorithm import CHUNK
 from raypkg.methods.crest.colm import LastValues, choose, quotas
+from raypkg.methods.crest.quadratic import MovingMoments
 from raypkg.models.language import ATTENTION, LanguageModel, with_adapters
 
 pytestmark = [pytest.mark.bench, pytest.mark.data]

@@ -147,23 +147,13 @@ def ccs(
     else:
         stratum = ((levels - least) / (most - least) * strata).long().clamp(max=strata - 1)
 
-    picks = [rest[stratum == level][:share] for level, share in enumerate(even_shares(stratum, strata, budget))]
-    return Coreset.uniform(torch.cat(picks))
-
-
-def even_shares(stratum: Tensor, strata: int, budget: int) -> list[int]:
-    """Split a budget evenly over strata, the smallest first, so that none gets more than it has.
-
-    >>> even_shares(torch.tensor([0] * 5 + [1] + [3] * 9), 4, 8)
-    [3, 1, 0, 4]
-    """
-    counts = stratum.bincount(minlength=strata)
-    shares = [0] * strata
+    # Split the budget evenly, over the smallest strata first, so that none gets more than it has.
+    picks = []
     left = budget
-    for position, level in enumerate(counts.argsort(stable=True).tolist()):
-        shares[level] = min(left // (strata - position), int(counts[level]))
-        left -= shares[level]
-    return shares
+    for position, level in enumerate(stratum.bincount(minlength=strata).argsort(stable=True).tolist()):
+        picks.append(rest[stratum == level][: left // (strata - position)])
+        left -= len(picks[-1])
+    return Coreset.uniform(torch.cat(picks))
 
 
 @coreset("d2", source="arXiv:2310.07931")

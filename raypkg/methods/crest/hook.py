@@ -52,9 +52,8 @@ class Crest(Hook):
     def __init__(self, options: CrestOptions, indices: Tensor, size: int):
         self.options = options
         self.indices = indices
-        self.size = size
         self.steps = -(-len(indices) // size)  # per epoch, as on all samples
-        self.loop = RunLoop()
+        self.loop = RunLoop(size)
         kind = Colm if options.choose == "colm" else CrestAlgorithm
         self.algorithm = kind(options, self.loop, indices, size, on_choice=self._note_choice)
         self.counts = torch.zeros(int(indices.max()) + 1, dtype=torch.int32)  # steps that trained on each sample
@@ -74,9 +73,13 @@ class Crest(Hook):
         if run.step == 0 and run.worker.rank == 0:
             for line in _warnings(run.model):
                 log.warning(line)
-        self.loop.attach(run, self.size, self.steps)
+        loop = self.loop
+        loop.run, loop.model, loop.seed, loop.worker, loop.augment = run, run.model, run.seed, run.worker, run.augment
+        loop.at_once = run.settings.at_once
+        loop.steps = whole_steps(run.length or run.settings.epochs, self.steps)
+        loop.gives_gradients = trains_as_it_evaluates(run.model)
         self.algorithm.step = run.step
-        return Epoch(self.steps, self._loaded(run, min(run.step + self.steps, self.loop.steps)))
+        return Epoch(self.steps, self._loaded(run, min(run.step + self.steps, loop.steps)))
 
     def _loaded(self, run: Run, end: int) -> Iterator[Batch]:
         """Yield the coresets as batches, loaded ahead, and count the samples."""
@@ -164,13 +167,8 @@ class RunLoop(Loop):
 
     run: Run
 
-    def attach(self, run: Run, size: int, epoch_steps: int) -> None:
-        """Follow a run on batches of m = ``size`` samples, with so many steps per epoch."""
-        self.run, self.model, self.seed, self.worker = run, run.model, run.seed, run.worker
-        self.size, self.at_once = size, run.settings.at_once
-        self.steps = whole_steps(run.length or run.settings.epochs, epoch_steps)
-        self.augment = run.augment
-        self.gives_gradients = trains_as_it_evaluates(run.model)
+    def __init__(self, size: int):
+        self.size = size
 
     def batches(
         self, subset: Subset, part: str, size: int | None = None, *, backward: bool = False

@@ -97,7 +97,7 @@ def choose_minibatches(subsets: Sequence[Subset], view: HeadView, size: int) -> 
     sizes = [len(subset) for subset in subsets]
     chosen = []
     for subset, logits, y in zip(subsets, view.logits.split(sizes), view.y.split(sizes), strict=True):
-        picked = minibatch_coreset(logit_gradients(logits, y), size)
+        picked = minibatch_coreset(logits, y, size)
         losses = F.cross_entropy(logits, y, reduction="none")  # [r]
         loss = float(picked.weights @ losses[picked.indices]) / len(picked)
         medoids = subset[picked.indices]
@@ -105,13 +105,8 @@ def choose_minibatches(subsets: Sequence[Subset], view: HeadView, size: int) -> 
     return chosen
 
 
-def logit_gradients(logits: Tensor, y: Tensor) -> HeadView:
-    """Return the gradients p − e_y with respect to the logits: those of a head without inputs."""
-    return HeadView(logits, logits.new_empty(len(y), 0), y)
-
-
-def minibatch_coreset(view: HeadView, size: int) -> Coreset:
-    """Choose medoids of the logit gradients of a random subset V, each weighted by the size of its cluster.
+def minibatch_coreset(logits: Tensor, y: Tensor, size: int) -> Coreset:
+    """Choose medoids of the logit gradients p − e_y of a random subset V, each weighted by the size of its cluster.
 
         S = argmin Σ_{i∈V} min_{j∈S} ‖(p_i − e_i) − (p_j − e_j)‖,  |S| = m        w_j = γ_j · m/r
 
@@ -120,11 +115,12 @@ def minibatch_coreset(view: HeadView, size: int) -> Coreset:
     positions in V, in the order in which they were chosen.
 
     >>> logits = torch.tensor([[9.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
-    >>> minibatch_coreset(logit_gradients(logits, torch.tensor([1, 1, 1])), 2)
+    >>> minibatch_coreset(logits, torch.tensor([1, 1, 1]), 2)
     Coreset(indices=tensor([0, 2]), weights=tensor([1.3333, 0.6667]))
     """
-    if size >= len(view):
-        return Coreset.uniform(torch.arange(len(view)))
+    if size >= len(y):
+        return Coreset.uniform(torch.arange(len(y)))
+    view = HeadView(logits, logits.new_empty(len(y), 0), y)  # a head without inputs
     distances = Distances(view, memory=CACHED)
     medoids = facility_location(distances, size)
     shares = cluster_shares(distances, medoids)  # γ_j

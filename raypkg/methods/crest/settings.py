@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from math import ceil
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -39,50 +39,40 @@ class CrestOptions(Settings):
         "smoothing": "coreset", "settle": 0.05, "model_batches": 1, "curvature": False,
     }  # fmt: skip
 
-    choose: Annotated[
-        Literal["logits", "colm"],
-        Field(description="medoids of logit gradients, or colm: as CoLM chooses for language models"),
-    ] = "logits"
-    gradient: Annotated[
-        Literal["estimate", "exact"],
-        Field(description="gradient of the last value projection (colm): by one zeroth-order step, or exact"),
-    ] = "estimate"
-    tau: Annotated[
-        float, Field(ge=0, description="τ: error that expires the local model; 0 = none, every step selects")
-    ] = 0.05
-    h: Annotated[float, Field(gt=0, description="multiplies ‖H̄_0‖/‖H̄‖ to give T1, the steps between checks")] = 1.0
-    b: Annotated[Count, Field(description="mini-batch coresets in a pool per step between checks")] = 5
-    subset: Annotated[
-        Share | Literal["2m", "4m"] | None,
-        Field(description="r/n: share of the samples in a random subset; 2m, 4m = batches (default: 0.01 or 4m)"),
-    ] = None
-    checked_on: Annotated[
-        Literal["pool", "fresh"],
-        Field(description="samples of a check: a subset of the pool, whose loss at w_l is known, or a fresh one"),
-    ] = "fresh"
-    exclude_every_steps: Annotated[Count, Field(description="T2: steps between exclusions of learned samples")] = 20
-    exclude_below: Annotated[
-        float, Field(ge=0, description="α: a loss up to α counts as learned; 0 = exclude none")
-    ] = 0.1
-    exclude_after: Annotated[
-        int, Field(ge=0, description="losses up to α in a row that exclude a sample; 0 = all within T2 steps")
-    ] = 0
-    keep_active: Annotated[float, Field(ge=0, le=1, description="share of the samples that always stay active")] = 0.0
-    order: Annotated[int, Field(ge=1, le=2, description="order of the local model; 1 = without curvature")] = 2
-    smoothing: Annotated[
-        Literal["coreset", "pool", "none"],
-        Field(description="moving averages of gradient and curvature, per coreset or per pool; none = latest only"),
-    ] = "pool"
-    settle: Annotated[
-        float,
-        Field(ge=0, lt=1, description="share of training after which ‖H̄_0‖ is measured; 0 = at the first weights"),
-    ] = 0.0
-    model_batches: Annotated[
-        int, Field(ge=0, description="mini-batch coresets to which the local model is fitted; 0 = the whole pool")
-    ] = 0
-    curvature: Annotated[
-        int | None, Field(ge=0, description="samples that give the curvature; 0 = all, false = a quarter of a batch")
-    ] = 0
+    choose: Literal["logits", "colm"] = Field(
+        "logits", description="medoids of logit gradients, or colm: as CoLM chooses for language models"
+    )
+    gradient: Literal["estimate", "exact"] = Field(
+        "estimate", description="gradient of the last value projection (colm): by one zeroth-order step, or exact"
+    )
+    tau: float = Field(0.05, ge=0, description="τ: error that expires the local model; 0 = none, every step selects")
+    h: float = Field(1.0, gt=0, description="multiplies ‖H̄_0‖/‖H̄‖ to give T1, the steps between checks")
+    b: Count = Field(5, description="mini-batch coresets in a pool per step between checks")
+    subset: Share | Literal["2m", "4m"] | None = Field(
+        None, description="r/n: share of the samples in a random subset; 2m, 4m = batches (default: 0.01 or 4m)"
+    )
+    checked_on: Literal["pool", "fresh"] = Field(
+        "fresh", description="samples of a check: a subset of the pool, whose loss at w_l is known, or a fresh one"
+    )
+    exclude_every_steps: Count = Field(20, description="T2: steps between exclusions of learned samples")
+    exclude_below: float = Field(0.1, ge=0, description="α: a loss up to α counts as learned; 0 = exclude none")
+    exclude_after: int = Field(
+        0, ge=0, description="losses up to α in a row that exclude a sample; 0 = all within T2 steps"
+    )
+    keep_active: float = Field(0.0, ge=0, le=1, description="share of the samples that always stay active")
+    order: int = Field(2, ge=1, le=2, description="order of the local model; 1 = without curvature")
+    smoothing: Literal["coreset", "pool", "none"] = Field(
+        "pool", description="moving averages of gradient and curvature, per coreset or per pool; none = latest only"
+    )
+    settle: float = Field(
+        0.0, ge=0, lt=1, description="share of training after which ‖H̄_0‖ is measured; 0 = at the first weights"
+    )
+    model_batches: int = Field(
+        0, ge=0, description="mini-batch coresets to which the local model is fitted; 0 = the whole pool"
+    )
+    curvature: int | None = Field(
+        0, ge=0, description="samples that give the curvature; 0 = all, false = a quarter of a batch"
+    )
 
     @model_validator(mode="after")
     def _of_one_choice(self) -> Self:
@@ -138,13 +128,13 @@ class CrestOptions(Settings):
 class CrestTrain(Train):
     """The full training."""
 
-    epochs: Annotated[Epochs, Field(description="epochs of full training; the budget is a share of them")] = 40
+    epochs: Epochs = Field(40, description="epochs of full training; the budget is a share of them")
     schedule: Schedule = "multistep"
-    warmup: Annotated[float, Field(ge=0, lt=1, description="share of training with a linearly rising rate")] = 0.1
-    milestones: Annotated[
-        tuple[Share, ...], Field(description="shares of training at which multistep drops the rate")
-    ] = (0.6, 0.85)
-    nesterov: Annotated[bool, Field(description="Nesterov's form of momentum (SGD)")] = False
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of training with a linearly rising rate")
+    milestones: tuple[Share, ...] = Field(
+        (0.6, 0.85), description="shares of training at which multistep drops the rate"
+    )
+    nesterov: bool = Field(False, description="Nesterov's form of momentum (SGD)")
 
 
 class CrestSettings(Experiment):
@@ -154,16 +144,13 @@ class CrestSettings(Experiment):
     former: ClassVar[Mapping[str, Any]] = {"preset": FORMER}
 
     preset: PresetName = PUBLISHED
-    selection: Annotated[
-        Literal["crest", "random", "cut", "craig", "gradmatch", "glister"],
-        Field(description="crest; random batches; cut = full schedule, cut short; or a coreset of the budget's size"),
-    ] = "crest"
-    budget: Annotated[Share, Field(description="share of the steps of full training; CREST's local model is extra")] = (
-        0.1
+    selection: Literal["crest", "random", "cut", "craig", "gradmatch", "glister"] = Field(
+        "crest", description="crest; random batches; cut = full schedule, cut short; or a coreset of the budget's size"
     )
-    every_epochs: Annotated[
-        int | None, Field(ge=1, description="epochs between selections (craig, gradmatch, glister; default: 1)")
-    ] = None
+    budget: Share = Field(0.1, description="share of the steps of full training; CREST's local model is extra")
+    every_epochs: int | None = Field(
+        None, ge=1, description="epochs between selections (craig, gradmatch, glister; default: 1)"
+    )
     crest: CrestOptions = CrestOptions()
     train: CrestTrain = CrestTrain()
 

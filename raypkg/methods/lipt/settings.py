@@ -1,7 +1,7 @@
 """Settings of LiPT."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -19,33 +19,30 @@ class Pretrain(Training):
     former: ClassVar[Mapping[str, Any]] = {"sparsity": False, "density": 0.9, "rounds": False}
     removed: ClassVar[Mapping[str, Any]] = {"shard_fraction": False, "outer_momentum": 0.0}
 
-    method: Annotated[
-        str,
-        Field(description="lipt = models of shards, merged, dense = one model on all samples, initial = no training"),
-    ] = "lipt"
-    models: Annotated[Count, Field(description="models to merge (lipt)")] = 10
-    sparsity: Annotated[
-        str | None,
-        Field(description="where layer-wise densities come from (lipt): snip, erk, uniform, grasp; false = dense"),
-    ] = "snip"
-    density: Annotated[Share, Field(description="share of the weights that each model keeps (lipt)")] = 0.05
-    merge: Annotated[str, Field(description="how the models become one (lipt): masked_mean, mean")] = "masked_mean"
-    rounds: Annotated[
-        Count | None,
-        Field(description="merges, evenly over the epochs (lipt); 1 = once at the end, false = after every epoch"),
-    ] = 1
-    joint_epochs: Annotated[
-        int, Field(ge=0, le=MOST_EPOCHS, description="epochs on all samples by all workers after the last merge (lipt)")
-    ] = 0
-    randaugment: Annotated[bool, Field(description="RandAugment(n=1, m=5) as well, on images (lipt)")] = True
-    epochs: Annotated[Epochs, Field(description="passes of each model over its shard")] = 5
-    batch_size: Annotated[Count, Field(description="samples a step, of each model")] = 32
-    evaluate_every_epochs: Annotated[
-        int, Field(ge=0, description="epochs between evaluations on the held-out samples (dense)")
-    ] = 5
-    lr: Annotated[
-        float, Field(gt=0, description="peak learning rate; models that move far between merges do not merge well")
-    ] = 0.1
+    method: str = Field(
+        "lipt", description="lipt = models of shards, merged, dense = one model on all samples, initial = no training"
+    )
+    models: Count = Field(10, description="models to merge (lipt)")
+    sparsity: str | None = Field(
+        "snip", description="where layer-wise densities come from (lipt): snip, erk, uniform, grasp; false = dense"
+    )
+    density: Share = Field(0.05, description="share of the weights that each model keeps (lipt)")
+    merge: str = Field("masked_mean", description="how the models become one (lipt): masked_mean, mean")
+    rounds: Count | None = Field(
+        1, description="merges, evenly over the epochs (lipt); 1 = once at the end, false = after every epoch"
+    )
+    joint_epochs: int = Field(
+        0, ge=0, le=MOST_EPOCHS, description="epochs on all samples by all workers after the last merge (lipt)"
+    )
+    randaugment: bool = Field(True, description="RandAugment(n=1, m=5) as well, on images (lipt)")
+    epochs: Epochs = Field(5, description="passes of each model over its shard")
+    batch_size: Count = Field(32, description="samples a step, of each model")
+    evaluate_every_epochs: int = Field(
+        5, ge=0, description="epochs between evaluations on the held-out samples (dense)"
+    )
+    lr: float = Field(
+        0.1, gt=0, description="peak learning rate; models that move far between merges do not merge well"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -93,10 +90,9 @@ class Pretrain(Training):
 class LiptTrain(Train):
     """Training of the main model on the coreset; pre-training draws its first weights itself."""
 
-    init: Annotated[
-        Literal["scratch", "merged"],
-        Field(description="first weights: drawn anew (or those of train.from), or the pre-trained model's"),
-    ] = "scratch"
+    init: Literal["scratch", "merged"] = Field(
+        "scratch", description="first weights: drawn anew (or those of train.from), or the pre-trained model's"
+    )
 
     @model_validator(mode="after")
     def _begun_once(self) -> Self:
