@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain, islice
 from math import ceil
 from typing import Any
@@ -23,17 +24,8 @@ from raypkg.coresets.gradients import HeadView, head_view
 from raypkg.data.coreset import Coreset
 from raypkg.models.classifier import in_mode
 
-from .quadratic import (
-    BETAS,
-    Derive,
-    MovingMoments,
-    Region,
-    check_interval,
-    flat,
-    gradient_of,
-    hessian_diagonal,
-    relative_error,
-)
+from . import quadratic
+from .quadratic import BETAS, Derive, MovingMoments, Region, flat, gradient_of
 from .selection import ActiveSamples, Chosen, Pool, Subset, choose_minibatches
 from .settings import CrestOptions
 
@@ -300,12 +292,9 @@ class CrestAlgorithm:
                 rng = generator(self.loop.seed, "crest curvature", update, number)
                 some = torch.randperm(len(samples), generator=rng)[: count or None]
 
-                def estimate(
-                    loss: Tensor, parameters: Sequence[Tensor], name: tuple[int, int] = (update, number)
-                ) -> Tensor:
-                    # All batches draw the same signs z: z ⊙ Hz is linear in H, so estimates add up to that of the sum.
-                    return hessian_diagonal(loss, parameters, generator(self.loop.seed, "crest signs", *name))
-
+                # All batches draw the same signs z: z ⊙ Hz is linear in H, so estimates add up to that of the sum.
+                signs = partial(generator, self.loop.seed, "crest signs", update, number)
+                estimate = partial(quadratic.hessian_diagonal, draw=signs)
                 try:
                     with sdpa_kernel(SDPBackend.MATH):  # fused kernels of attention have no second derivative
                         diagonal = self._derivative(estimate, samples[some], weights[some])
@@ -350,12 +339,13 @@ class CrestAlgorithm:
         samples.record(subset.indices, losses, options.exclude_below)
         loss = float(losses.mean())  # L^r(w)
         prediction = region.prediction(flat(self._covered), loss_before)  # F(w − w_l)
-        rho = self.loop.worker.first(relative_error(prediction, loss))
+        rho = self.loop.worker.first(quadratic.relative_error(prediction, loss))
         region.expired = rho > options.tau
         self._log(rho=rho, loss=loss, model=prediction)
         samples.exclude(self.step, options, least=self.least_active)
         if region.expired:
-            interval = check_interval(options.h, region.first_curvature, self.loop.worker.first(region.curvature))
+            curvature = self.loop.worker.first(region.curvature)
+            interval = quadratic.check_interval(options.h, region.first_curvature, curvature)
             # At the end of training T1 falls short of its formula: coresets for steps that never come would be chosen.
             region.interval = max(1, min(interval, self.loop.steps - self.step))
 

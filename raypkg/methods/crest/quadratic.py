@@ -33,11 +33,12 @@ def gradient_of(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     return flat(gradients)
 
 
-def hessian_diagonal(loss: Tensor, parameters: Sequence[Tensor], rng: torch.Generator) -> Tensor:
-    """Return Hutchinson's estimate of the Hessian's diagonal, z ⊙ Hz with random signs z, [p].
+def hessian_diagonal(loss: Tensor, parameters: Sequence[Tensor], draw: Callable[[], torch.Generator]) -> Tensor:
+    """Return Hutchinson's estimate of the Hessian's diagonal, z ⊙ Hz with random signs z of a new generator, [p].
 
     Its mean over z is the diagonal. Where the Hessian is diagonal, every estimate is exact.
     """
+    rng = draw()
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     signs = []
     for parameter in parameters:
