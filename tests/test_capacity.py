@@ -52,15 +52,15 @@ def test_no_more_workers_than_there_is_work_for(cluster):
 def test_trials_divide_a_node_by_its_gpus(cluster):
     cluster(SMALL)
     size = trial_size(Cluster(), None)
-    assert (size.plan, size.nested, size.at_once) == (Plan(1, 4, 1), True, 4)
+    assert size == Plan(1, 4, 1, at_once=4)
     # What a trial plans for itself, from the settings that it is given, is what it was given room for.
-    assert plan(Cluster(workers=size.workers)) == size.plan
+    assert plan(Cluster(workers=size.of_a_trial)) == Plan(1, 4, 1)
 
 
 def test_a_trial_in_one_process_has_no_gpu_and_one_cpu(cluster):
     cluster(SMALL)
     size = trial_size(Cluster(workers=0), None)
-    assert (size.plan, size.nested, size.workers, size.at_once) == (Plan(1, 1, 0), False, 0, 16)
+    assert size == Plan(1, 1, 0, at_once=16) and size.of_a_trial == 0
 
 
 def test_what_does_not_fit_is_refused(cluster):

@@ -19,12 +19,12 @@ def model(inputs=4, width=5, classes=3):
 
 
 def test_what_is_taken_drawn_anew_and_unused_is_told():
-    fit = fitted(model(classes=3), model(classes=10).state_dict(), "one")
-    assert fit.anew == ["head.weight", "head.bias"] and len(fit.taken) == 4
+    taken, line = fitted(model(classes=3), model(classes=10).state_dict(), "one")
+    assert line == "first weights: 4 tensors from one; drawn anew: head.weight, head.bias" and len(taken) == 4
     tensors = model().state_dict() | {"teacher.weight": torch.ones(1)}
     del tensors["features.1.bias"]
-    fit = fitted(model(), tensors, "one")
-    assert fit.anew == ["features.1.bias"] and fit.unused == ["teacher.weight"]
+    _, line = fitted(model(), tensors, "one")
+    assert line.endswith("; drawn anew: features.1.bias; without a place here: teacher.weight")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_another_model_is_refused(other, message):
 
 def test_a_head_alone_fits_where_the_model_is_no_more():
     linear = Classifier(nn.Flatten(), nn.Linear(5, 3))
-    assert len(fitted(linear, linear.state_dict(), "one").taken) == 2
+    assert len(fitted(linear, linear.state_dict(), "one")[0]) == 2
     with pytest.raises(UserError, match="no tensor fits this model"):
         fitted(linear, Classifier(nn.Flatten(), nn.Linear(5, 9)).state_dict(), "one")
 

@@ -10,7 +10,7 @@ import torch
 from raypkg.cli import main
 from raypkg.cluster.session import is_apart
 from raypkg.core.settings import Model
-from raypkg.data import Data
+from raypkg.data import Data, load_data
 from raypkg.data.split import Split
 from raypkg.experiments import phases
 from raypkg.experiments.phases import BOUND, main_stage, operations, selection_stage, with_workers
@@ -47,6 +47,17 @@ def chosen(settings):
 def test_operations_by_hand():
     stages = [selection_stage(), main_stage(settings())]
     assert operations(settings().model, SAMPLES, stages) == FORWARD * (N + 3 * 2 * N)
+
+
+def test_texts_count_by_their_own_length_not_by_the_longest_allowed(tmp_path):
+    file = tmp_path / "a.tsv"
+    lines = (f"{'good bad fine poor ' * 5}\t{number % 2}\n" for number in range(60))
+    file.write_text("text\tlabel\n" + "".join(lines))
+    counts = []
+    for length in (32, 512):
+        data = load_data(f"text:{file}", {"length": length})
+        counts.append(operations(Model(name="transformer"), Samples.all_of(data.train), [selection_stage()]))
+    assert counts[0] == pytest.approx(counts[1], rel=0.1)
 
 
 def test_the_number_of_operations_decides(alone):

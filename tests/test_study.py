@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ray.tune.result import DONE
 
 from raypkg.cli import main
 from raypkg.cli.runs import folded
-from raypkg.cluster.trials import Paced, TrialProcess
+from raypkg.cluster.trials import TrialProcess
 from raypkg.core.config import load_settings, read_toml
 from raypkg.core.errors import UserError
 from raypkg.experiments.train import TrainSettings
@@ -148,30 +149,40 @@ def test_a_foreign_run_with_a_trials_name_stays_as_it_is(sweep):
     assert other.storage.read("config.toml") == before
 
 
-def test_a_stopped_trial_closes_its_files_where_it_reports():
+def process_of(trial, home="/"):
+    process = TrialProcess.__new__(TrialProcess)  # without Ray
+    process.setup({"number": 0, "values": {}}, trial, str(home))
+    return process
+
+
+def test_a_stopped_trial_closes_its_files_where_it_reports(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     closed = []
 
-    def trial(tell):
+    def trial(number, values, tell):
         try:
             tell({"epoch": 1})
         finally:
             closed.append(True)
 
-    paced = Paced(trial)
-    assert paced.advance() == {"epoch": 1} and not paced.ended
+    process = process_of(trial)
+    assert process.step() == {"epoch": 1, DONE: False}
     assert not closed  # it waits
-    assert paced.stop(10) and closed
+    process.cleanup()
+    assert closed and not process._thread.is_alive()
 
 
 @pytest.mark.parametrize(
     ("error", "message"), [(ValueError("a bug"), "a bug"), (SystemExit(0), r"ended itself by SystemExit\(0\)")]
 )
-def test_a_trials_exception_is_raised_to_the_reader_of_its_rows(error, message):
-    def trial(tell):
+def test_a_trials_exception_is_raised_to_the_reader_of_its_rows(tmp_path, monkeypatch, error, message):
+    monkeypatch.chdir(tmp_path)
+
+    def trial(number, values, tell):
         raise error
 
     with pytest.raises((ValueError, RuntimeError), match=message):
-        Paced(trial).advance()
+        process_of(trial).step()
 
 
 def test_a_trial_finds_the_process_as_the_first_one_did(tmp_path, monkeypatch):
@@ -189,9 +200,8 @@ def test_a_trial_finds_the_process_as_the_first_one_did(tmp_path, monkeypatch):
         torch.set_default_dtype(torch.float16)
         return {"epoch": 1}
 
-    process = TrialProcess.__new__(TrialProcess)  # without Ray
-    process.setup({"number": 0, "values": {}}, trial, str(tmp_path))
-    process.step()
+    process = process_of(trial, tmp_path)
+    assert process.step() == {"epoch": 1, DONE: True}
     assert process.reset_config({"number": 1, "values": {}})
     process.step()
     assert process.reset_config({"number": 2, "values": {}})  # restores this process, too

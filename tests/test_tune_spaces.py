@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from ray import tune
 
-from raypkg.cluster.search import draw_settings
 from raypkg.cluster.session import LOOPBACK
+from raypkg.cluster.trials import draw_settings
 from raypkg.core.config import load_settings, parse_toml, to_toml
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment

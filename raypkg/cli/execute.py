@@ -19,7 +19,7 @@ from raypkg.experiments import carry_out, experiment, open_run, settings_of
 from raypkg.experiments.phases import stages_of, step_memory, with_workers
 from raypkg.experiments.resolve import resolve, selection_of, stored_settings
 from raypkg.experiments.samples import Samples
-from raypkg.experiments.train import EmbedSettings, SelectSettings, planned
+from raypkg.experiments.train import EmbedSettings, SelectSettings
 from raypkg.runs.catalog import DONE, GOING, STATES, ago, find, resuming, state_of
 from raypkg.runs.document import Grid, terminal
 from raypkg.runs.folder import RunFolder, check_new, create
@@ -214,7 +214,7 @@ def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], stor
     """Yield the lines of the plan."""
     from raypkg.coresets.budgets import budget_of
     from raypkg.coresets.rules import coreset
-    from raypkg.experiments.embedding import check_disk
+    from raypkg.experiments.embedding import check_disk, planned
     from raypkg.experiments.samples import new_model
 
     n = len(samples.train_indices)

@@ -17,10 +17,7 @@ from .session import cluster_errors, connect
 
 
 class RayShards(Shards):
-    """One actor per shard; a killed actor is restarted and repeats its call with the driver's copy of the shard.
-
-    The actors map the data of shards that are names and indices on first use.
-    """
+    """One actor per shard; a killed actor is restarted and repeats its call with the driver's copy of the shard."""
 
     def __init__(self, shards: Sequence[Shard], size: Plan, max_failures: int):
         import ray
@@ -80,10 +77,7 @@ class Holder:
 
 @contextmanager
 def hold(split: Callable[[int], Sequence[Shard]], cluster: Cluster) -> Iterator[Shards]:
-    """Hold shards on actors, or in this process if ``cluster.workers`` is 0, until the block ends.
-
-    ``split`` returns the shards for a number of holders, or fewer.
-    """
+    """Hold the shards that ``split`` returns for a number of holders on actors, or in this process without workers."""
     if cluster.workers == 0:
         with threads(cluster.cpus_without_gpu):
             yield WorkerShards(split(1))

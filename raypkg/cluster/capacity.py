@@ -1,7 +1,7 @@
 """Capacity of a cluster: the size of a run's workers and of a study's trials."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
@@ -9,13 +9,18 @@ from raypkg.core.settings import Cluster
 MOST_WORKERS = 8  # by default; cluster.workers may ask for more
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Number and size of workers: the settings, completed by what the cluster has."""
 
     workers: int
     cpus: int
     gpus: float
+    at_once: int = 1  # trials of a study that run side by side, each with such workers
+
+    @property
+    def of_a_trial(self) -> int:
+        """The setting ``cluster.workers`` of a trial: 0 if its own process is the only one; others need Ray Train."""
+        return self.workers if self.workers > 1 or self.gpus else 0
 
     @property
     def resources(self) -> dict[str, float]:
@@ -24,20 +29,6 @@ class Plan:
         if self.gpus:
             request["GPU"] = self.gpus
         return request
-
-
-@dataclass(frozen=True)
-class TrialSize:
-    """Resources of one trial of a study."""
-
-    plan: Plan  # of its workers
-    nested: bool  # Ray Train runs the workers; otherwise the trial's own process is the only one
-    at_once: int  # trials that run side by side
-
-    @property
-    def workers(self) -> int:
-        """The setting ``cluster.workers`` of a trial: 0 if its own process is the only one."""
-        return self.plan.workers if self.nested else 0
 
 
 def plan(settings: Cluster, most: int | None = None) -> Plan:
@@ -69,22 +60,15 @@ def plan(settings: Cluster, most: int | None = None) -> Plan:
     return Plan(workers, cpus, gpus)
 
 
-def trial_size(cluster: Cluster, concurrent: int | None) -> TrialSize:
-    """Return the resources of a trial on the connected cluster.
-
-    A trial of one process without a GPU runs in Tune's own process; any other needs Ray Train. It has one worker by
-    default. Unless ``concurrent`` is given, as many trials run as fit.
-    """
-    if cluster.workers == 0:
-        workers = plan(cluster.model_copy(update={"workers": 1, "gpus_per_worker": 0}))
-    else:
-        workers = plan(cluster.model_copy(update={"workers": cluster.workers or 1}))
+def trial_size(cluster: Cluster, concurrent: int | None) -> Plan:
+    """Return the workers of a trial, by default one, and how many trials run at once, by default as many as fit."""
+    alone = {"gpus_per_worker": 0} if cluster.workers == 0 else {}
+    workers = plan(cluster.model_copy(update={"workers": cluster.workers or 1, **alone}))
     fit = room(workers.cpus, workers.gpus) // workers.workers
     if concurrent and concurrent > fit:
         trials = f"{fit} trials of {workers.workers} processes"
         raise UserError(f"--concurrent {concurrent}: the cluster has room for {trials}")
-    nested = workers.workers > 1 or workers.gpus > 0
-    return TrialSize(workers, nested, concurrent or fit)
+    return workers._replace(at_once=concurrent or fit)
 
 
 def room(cpus: int, gpus: float) -> int:

@@ -1,5 +1,7 @@
 """The connection to a Ray cluster: one that is running, or one of this process's own that only this machine reaches."""
 
+from __future__ import annotations
+
 import _thread
 import logging
 import os
@@ -10,9 +12,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raypkg.core.errors import ClusterLost, UserError
-from raypkg.core.settings import Cluster
+
+if TYPE_CHECKING:
+    from raypkg.core.settings import Cluster
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +115,11 @@ def cluster_errors() -> Iterator[None]:
     """
     from ray.exceptions import LocalRayletDiedError, NodeDiedError, RaySystemError, RpcError
 
-    raylet = _own_raylet()
     left = threading.Event()
+    raylet = None  # always so beyond Linux
+    for thread in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # the thread has just ended
+            raylet = next(filter(_is_raylet, map(int, thread.read_text().split())), raylet)
 
     def watch(raylet: int) -> None:
         while not left.wait(0.2):
@@ -130,16 +138,6 @@ def cluster_errors() -> Iterator[None]:
         raise
     finally:
         left.set()
-
-
-def _own_raylet() -> int | None:
-    """Return the process id of the raylet that is a child of this process, or None (always so beyond Linux)."""
-    for thread in Path("/proc/self/task").glob("*/children"):
-        with suppress(OSError):  # the thread has just ended
-            for child in map(int, thread.read_text().split()):
-                if _is_raylet(child):
-                    return child
-    return None
 
 
 def _is_raylet(process: int) -> bool:
@@ -209,10 +207,7 @@ def _start(dashboard: bool) -> None:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Discard what Ray's threads print to stderr, and restore the signal handlers that Ray replaces.
-
-    Ray's handler of SIGTERM would print its stack and abort.
-    """
+    """Discard what Ray's threads print to stderr, and restore the signal handlers, of which Ray's print a stack."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     sys.stderr.flush()
     terminal = os.dup(2)

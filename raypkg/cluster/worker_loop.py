@@ -17,24 +17,18 @@ from raypkg.core.errors import UserError, user_code
 PATIENCE = timedelta(days=7)  # LiPT's workers wait for each other's models; Ray notices dead workers
 
 
-class SharedDevices(BackendConfig):
-    """Lets a worker see the GPUs of the others on its node, so that they exchange gradients directly."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        """Return the class that Ray asks."""
-        return _SharedDevices
-
-
 class _SharedDevices(Backend):
     share_cuda_visible_devices = True
 
 
-def work(config: dict[str, Any]) -> None:
-    """Carry out tasks on one worker; send a user's error to the mailbox.
+class SharedDevices(BackendConfig):
+    """Lets a worker see the GPUs of the others on its node, so that they exchange gradients directly."""
 
-    ``config`` has the mailbox, the threads of a worker, and the backend of the process group.
-    """
+    backend_cls = _SharedDevices  # the class that Ray asks
+
+
+def work(config: dict[str, Any]) -> None:
+    """Carry out tasks on one worker; send a user's error to the mailbox."""
     import ray
     import torch
     import torch.distributed as dist
@@ -52,7 +46,7 @@ def work(config: dict[str, Any]) -> None:
     _join_process_group(config["backend"])
 
     def report(row: Row) -> None:
-        ray.get(mailbox.put.remote(dict(row)))  # wait, or the next row might overtake it
+        ray.get(mailbox.put.remote("row", dict(row)))  # wait, or the next row might overtake it
 
     worker = Worker(dist.get_rank(), dist.get_world_size(), device, report)
     try:
@@ -64,10 +58,10 @@ def work(config: dict[str, Any]) -> None:
                 value = function(worker, *arguments)
             worker.gather(None)  # an answer means that every worker is done and its rows have arrived
             if worker.rank == 0:
-                ray.get(mailbox.answer.remote(value))
+                ray.get(mailbox.put.remote("answer", value))
             number += 1
     except UserError as error:
-        ray.get(mailbox.fail.remote(str(error)))
+        ray.get(mailbox.put.remote("error", str(error)))
         raise
     dist.destroy_process_group()
 

@@ -77,8 +77,8 @@ def parted(address: str) -> tuple[str, tuple[str, ...]]:
 def folder_and_name(file: str) -> tuple[str, str]:
     """Return the address of the folder around a file, and the file's name.
 
-    >>> folder_and_name("s3://bucket?region=x#/one/coreset.parquet")
-    ('s3://bucket?region=x#/one', 'coreset.parquet')
+    >>> folder_and_name("s3://bucket?region=x#/one/coreset.parquet"), folder_and_name("parquet:/data/cifar10")
+    (('s3://bucket?region=x#/one', 'coreset.parquet'), ('parquet:/data', 'cifar10'))
     """
     address, query = (file, "") if "#" in file else _split_query(file)
     folder, slash, name = address.rpartition("/")

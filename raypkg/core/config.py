@@ -9,7 +9,7 @@ import errno
 import stat
 import tomllib
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, TypeVar
@@ -44,12 +44,11 @@ class Settings(BaseModel):
         """Give values the form of their fields: None for a disabled part, defaults for an enabled one, lists."""
         if not isinstance(values, Mapping):
             return values
-        fields = fields_of(cls)
         converted = dict(values)
-        for name, value in values.items():
-            field = fields.get(name)
-            if field is None:
+        for name, field in fields_of(cls).items():
+            if name not in values:
                 continue
+            value = values[name]
             optional = NoneType in alternatives(field) and bool not in alternatives(field)
             chosen = value.get("name") if isinstance(value, Mapping) else value
             if optional and _is_off(chosen):
@@ -83,10 +82,8 @@ class Settings(BaseModel):
         return value
 
     def model_dump(self, **options: Any) -> dict[str, Any]:
-        """Return the values by name, with pydantic's options, without those that are not stored.
-
-        These are left out here rather than by serializers of pydantic, which turn Ctrl-C inside them into an error.
-        """
+        """Return the values by name, with pydantic's options, without those that are not stored."""
+        # Serializers of pydantic would turn Ctrl-C inside them into an error.
         values = super().model_dump(**options)
         self._leave_out(values)
         return values
@@ -132,17 +129,20 @@ def load_settings(
             # A shorthand on the way is replaced by the part that it stands for.
             inner = around.get(key)
             if inner is None or _is_on(inner) or _is_off(inner):
-                part = {}
+                inner = {}
             elif isinstance(inner, str):
-                part = {"name": inner}
-            elif isinstance(inner, dict):
-                part = dict(inner)
-            else:
+                inner = {"name": inner}
+            elif not isinstance(inner, dict):
                 raise UserError(f"{key} = {shown(inner)} is given, so {name} cannot be")
-            around[key] = part
-            around = part
+            around[key] = dict(inner)
+            around = around[key]
         around[path[-1]] = value
     return validate(schema, values)
+
+
+def changed(settings: S, values: Mapping[str, Any]) -> S:
+    """Return settings with other values, by dotted names, validated again."""
+    return load_settings(type(settings), settings.model_dump(), values) if values else settings
 
 
 def load_stored(schema: type[S], stored: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> S:
@@ -152,9 +152,7 @@ def load_stored(schema: type[S], stored: Mapping[str, Any], overrides: Mapping[s
 
 def stored_values(schema: type[Settings], stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return stored settings, not yet validated, under their current names and with the defaults of their time."""
-    values = with_current_names(schema, stored)
-    has_presets = "preset" in schema.model_fields
-    return with_former_defaults(schema, values) if has_presets and "preset" not in values else values
+    return with_current_names(schema, stored, former="preset" in schema.model_fields and "preset" not in stored)
 
 
 def validate(schema: type[S], values: Mapping[str, Any], prefix: str = "") -> S:
@@ -186,10 +184,7 @@ def _is_off(value: Any) -> bool:
 
 
 def fields_of(schema: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Return the fields of a settings class by their names for users.
-
-    A reserved word of Python is the alias of a field: ``train.from`` is ``from_`` in the class.
-    """
+    """Return the fields of a settings class by their names for users: ``train.from`` is ``from_`` in the class."""
     return {field.alias or name: field for name, field in schema.model_fields.items()}
 
 
@@ -216,7 +211,12 @@ def leaves(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fie
 
 def part_of(field: FieldInfo) -> type[Settings] | None:
     """Return the nested settings class of a field, also of an optional one, or None for a leaf."""
-    return _settings_among(alternatives(field))
+    return next((kind for kind in alternatives(field) if isinstance(kind, type) and issubclass(kind, Settings)), None)
+
+
+def _part_named(schema: type[Settings] | None, name: str) -> type[Settings] | None:
+    field = fields_of(schema).get(name) if schema else None
+    return part_of(field) if field else None
 
 
 def is_list(field: FieldInfo) -> bool:
@@ -228,10 +228,6 @@ def alternatives(field: FieldInfo) -> tuple[Any, ...]:
     """Return the types that a field allows: the members of a union, or its only type."""
     kind = field.annotation
     return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else (kind,)
-
-
-def _settings_among(kinds: Iterable[Any]) -> type[Settings] | None:
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)), None)
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
@@ -257,38 +253,29 @@ def current_name(schema: type[Settings], name: str) -> str | None:
     part: type[Settings] | None = schema
     path = []
     for step in name.split("."):
-        now = part.renamed.get(step, step) if part else step
-        path.append(now)
-        field = fields_of(part).get(now) if part else None
-        part = part_of(field) if field else None
+        path.append(part.renamed.get(step, step) if part else step)
+        part = _part_named(part, path[-1])
     current = ".".join(path)
     return None if current == name else current
 
 
-def with_current_names(schema: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return stored settings of an earlier version, nested or by dotted names, under their current names."""
+def with_current_names(schema: type[Settings], values: Mapping[str, Any], *, former: bool = False) -> dict[str, Any]:
+    """Return stored settings of an earlier version, nested or by dotted names, under their current names.
+
+    ``former`` completes settings from before there were presets by the defaults of that time.
+    """
     current = {}
-    for name, value in values.items():
+    for name, value in ({**schema.former, **values} if former else values).items():
         if name in schema.removed and schema.removed[name] in (value, ...):
             continue
         now = current_name(schema, name) or name
-        field = fields_of(schema).get(now)
-        part = part_of(field) if field else None
-        current[now] = with_current_names(part, value) if part and isinstance(value, Mapping) else value
+        part = _part_named(schema, now)
+        if part and former and _is_on(value):
+            value = {}
+        current[now] = value
+        if part and isinstance(value, Mapping):
+            current[now] = with_current_names(part, value, former=former)
     return current
-
-
-def with_former_defaults(schema: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings stored before there were presets, nested or by dotted names, with the defaults of that time."""
-    filled: dict[str, Any] = {**schema.former, **values}
-    for name, value in filled.items():
-        field = fields_of(schema).get(name)
-        part = part_of(field) if field else None
-        if part and _is_on(value):
-            filled[name] = dict(part.former)
-        elif part and isinstance(value, Mapping):
-            filled[name] = with_former_defaults(part, value)
-    return filled
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -337,10 +324,7 @@ def _plain(settings: Settings) -> dict[str, Any]:
 
 
 def regular(file: str | Path) -> Path:
-    """Return the path of a regular file; raise ``OSError`` for a missing one, and for pipes, devices and folders.
-
-    Reading a pipe may block forever, and a device may never end.
-    """
+    """Return the path of a regular file; raise ``OSError`` for others: a pipe may block forever, a device never end."""
     path = Path(file)
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(file))
@@ -385,22 +369,21 @@ def one_line(schema: type[Settings], invalid: ValidationError, prefix: str = "")
     error = invalid.errors()[0]
     path = [str(step) for step in error["loc"]]
     name = ".".join(path)
-    where = prefix + name
     around: type[Settings] = schema  # the class of the invalid setting
     for step in path[:-1]:
         if not step.isdigit():  # a position in a list
             field = fields_of(around).get(step)  # None: within a mapping
-            items = [item for kind in alternatives(field) for item in typing.get_args(kind)] if field else []
-            around = (field and part_of(field)) or _settings_among(items) or around
+            kinds = _kinds(field.annotation) if field else ()
+            around = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)), around)
     if error["type"] == "extra_forbidden":
         if now := current_name(schema, name):
-            return UserError(f"{where} is now called {prefix}{now}")
+            return UserError(f"{prefix}{name} is now called {prefix}{now}")
         siblings = [".".join([*path[:-1], sibling]) for sibling in fields_of(around)]
         return unknown(f"{prefix or 'setting '}".strip(), name, siblings)
     field = fields_of(around).get(path[-1]) if path else None
     if error["type"] == "literal_error" and isinstance(error["input"], str) and field:
         names = [str(name) for kind in alternatives(field) for name in typing.get_args(kind)]
-        return unknown(where, error["input"], [*names, "false"] if NoneType in alternatives(field) else names)
+        return unknown(prefix + name, error["input"], [*names, "false"] if NoneType in alternatives(field) else names)
     return UserError(prefix + first_problem(invalid))
 
 

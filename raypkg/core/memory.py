@@ -22,10 +22,7 @@ def machine_memory() -> int:
 
 
 def check_memory(what: str, needed: int, advice: str) -> None:
-    """Refuse an allocation of ``needed`` bytes if it exceeds all of this machine's memory.
-
-    The limit is total memory, not free memory, so that the decision is the same every time.
-    """
+    """Refuse an allocation of ``needed`` bytes beyond all memory, free or not: the decision is the same every time."""
     available = machine_memory()
     if needed > available:
         needs, has = (f"{size / 2**30:,.1f} GiB" for size in (needed, available))

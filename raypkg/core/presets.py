@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from .config import Settings, dotted, load_settings, read_toml, with_former_defaults
+from .config import Settings, dotted, load_settings, read_toml, with_current_names
 from .errors import UserError, unknown
 
 PUBLISHED = "published"
@@ -52,18 +52,14 @@ def presets_of(schema: type[Settings]) -> dict[str, Preset]:
 
 
 def with_preset(schema: type[Settings], base: Mapping[str, Any], values: Mapping[str, Any]) -> Values:
-    """Return ``values``, by dotted names, and what their preset sets but neither they nor the nested ``base`` give.
-
-    Raises:
-        UserError: an unknown preset, or another one than the base's.
-    """
+    """Return ``values``, by dotted names, and what their preset sets but neither they nor the nested ``base`` give."""
     presets = presets_of(schema)
     if not presets:
         return dict(values)
     given = dotted(dict(base)) | dict(values)
     name = given.get("preset", PUBLISHED)
     if name == FORMER:  # a trial of an earlier study: the parts that it enables have the defaults of their time
-        former = with_former_defaults(schema, values)
+        former = with_current_names(schema, values, former=True)
         return {setting: former[setting] for setting in values}
     if name not in presets:
         raise unknown("preset", str(name), presets)
@@ -108,10 +104,7 @@ def without(values: Mapping[str, Any], others: Collection[str]) -> Values:
 
 
 def departures(settings: Settings) -> Values:
-    """Return the settings that differ from their preset: those of the method, and those of training in the preset.
-
-    Values adapted to the data do not count.
-    """
+    """Return the settings that differ from their preset and were not adapted: of the method, and all in the preset."""
     values = dotted(settings.model_dump(mode="json"))
     if not (values.get("preset") and presets_of(type(settings))):
         return {}

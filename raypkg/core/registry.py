@@ -61,10 +61,7 @@ class Entry:
 
     @cached_property
     def schema(self) -> type[Settings]:
-        """Settings class of the options: the keyword-only parameters that callers do not supply.
-
-        A parameter ``options`` whose type is a settings class stands for all of them.
-        """
+        """Settings class of the options: the keyword-only parameters that callers do not supply, or the bundle."""
         from pydantic import create_model
         from pydantic.errors import PydanticUserError
 

@@ -53,19 +53,13 @@ class Dataset(Named):
         " set's own)",
     )
     only: str | None = Field(None, description="a coreset.parquet: train on its samples only, unweighted")
-    noise: float = Field(
-        0.0, ge=0, lt=1, description="share of the labels, except in the test set, replaced by another class"
-    )
+    noise: float = Field(0.0, ge=0, lt=1, description="share of the training labels that become another class")
     imbalance: Share = Field(1.0, description="long tail: class sizes fall geometrically to this share of the largest")
     scale: Scale = "standard"
     repeat: int = Field(1, ge=1, le=1000, description="copies of each training sample")
     seed: int | None = Field(None, ge=0, description="of the draws of noise and imbalance (default: the run's)")
-    streamed: str | None = Field(
-        None, min_length=1, description="folder or URI of stores, read by blocks, not imported by each machine"
-    )
-    window: int = Field(
-        WINDOW, ge=1, description="blocks of 8 MiB of a streamed set from which batches are drawn at a time"
-    )
+    streamed: str | None = Field(None, min_length=1, description="folder or URI of stores that are read by blocks")
+    window: int = Field(WINDOW, ge=1, description="blocks of 8 MiB of a streamed set that batches are drawn from")
     digest: str | None = Field(None, description="checksum of the samples, stored by a run; other samples are refused")
 
     @property
@@ -113,9 +107,7 @@ class Training(Settings):
 
     epochs: Epochs = Field(40, description="passes over the samples in use")
     batch_size: Count = Field(128, description="samples a step, over all workers")
-    micro_batch: Count | None = Field(
-        None, description="samples of a step in one pass through the model on a worker (default: all)"
-    )
+    micro_batch: Count | None = Field(None, description="samples in one pass of a worker's model (default: the step's)")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="update rule")
     lr: float = Field(0.1, gt=0, description="peak learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD; beta1 of AdamW")
@@ -125,23 +117,15 @@ class Training(Settings):
         "all", description="decayed parameters; matrices = those of two or more dimensions: no norms, no biases"
     )
     clip: float | None = Field(None, gt=0, description="gradient clipping norm (default: off)")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="share of the target spread over all classes, in training only"
-    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     schedule: Schedule = "cosine"
     warmup: float = Field(0.0, ge=0, lt=1, description="share of training with a linearly increasing rate")
-    milestones: tuple[Share, ...] = Field(
-        (0.5, 0.75), description="shares of training at which multistep drops the rate"
-    )
+    milestones: tuple[Share, ...] = Field((0.5, 0.75), description="shares of training where multistep drops the rate")
     lr_drop: float = Field(0.1, gt=0, le=1, description="factor of the rate at each milestone")
     precision: Precision = Field("auto", description="of matrix products; auto = bfloat16 if the processor supports it")
-    evaluate_every_epochs: int = Field(
-        5, ge=0, description="epochs between evaluations on the held-out samples; 0 = none"
-    )
+    evaluate_every_epochs: int = Field(5, ge=0, description="epochs between evaluations on held-out samples; 0 = none")
     compile: bool = Field(False, description="compile the model: takes a minute or more, gains little on a CPU")
-    checkpointing: bool = Field(
-        False, description="recompute the activations of each block in the backward pass: less memory, more time"
-    )
+    checkpointing: bool = Field(False, description="recompute each block's activations backward: less memory, slower")
     tf32: bool = Field(False, description="float32 products of a GPU in TensorFloat-32 (precision float32)")
     deterministic: bool = Field(False, description="only operations that give the same bits in every run, also on GPUs")
 
@@ -170,27 +154,19 @@ class Training(Settings):
 class Train(Training):
     """Training of the main model."""
 
-    from_: str | None = Field(
-        None, alias="from", description="initial weights: a finished run or FILE.safetensors (default: drawn)"
-    )
-    keep: Literal["last", "best"] = Field(
-        "last", description="epoch whose model is kept; best = by the best held-out figure"
-    )
+    from_: str | None = Field(None, alias="from", description="initial weights: a finished run or FILE.safetensors")
+    keep: Literal["last", "best"] = Field("last", description="model that is kept; best = of the best held-out figure")
     best_by: Literal["accuracy", "valid_loss", "metric"] | None = Field(
         None, description="figure of keep = best (default: accuracy; language models: valid_loss)"
     )
-    patience: Count | None = Field(
-        None, description="evaluations without a better one after which training stops, with keep = best"
-    )
+    patience: Count | None = Field(None, description="evaluations without a better one that end training (keep = best)")
     loss: str | None = Field(
         None, description="module:function(logits [b, C], labels [b]) -> losses [b] to train (default: cross-entropy)"
     )
     metric: str | None = Field(
         None, description="module:function(logits [n, C], labels [n]) -> further figure of evaluations, higher = better"
     )
-    average: float | None = Field(
-        None, gt=0, lt=1, description="decay per step of an average of the weights, evaluated and kept (default: off)"
-    )
+    average: float | None = Field(None, gt=0, lt=1, description="decay per step of averaged weights, which are kept")
     evaluate_views: Literal["plain", "mirrored", "shifted"] = Field(
         "plain",
         description="images that evaluation averages logits over: mirrored = and their mirror images; shifted = both,"
@@ -217,7 +193,7 @@ class Target(Named):
     """Samples that a selection is for."""
 
     name: str = Field(
-        description="train, valid (held out) or a data set such as table:few.csv (default: train; glister: valid)"
+        description="train, valid (held out) or a data set: table:few.csv (default: train; glister: valid)"
     )
 
     @property
@@ -236,7 +212,7 @@ class Select(Settings):
     balanced: bool = Field(True, description="class by class, in proportion to the classes")
     weighted: bool = Field(False, description="train with the rule's sample weights")
     memory: float | None = Field(
-        None, ge=0, description="GiB for craig's cached distances within a class (default: a quarter of a worker's)"
+        None, ge=0, description="GiB of distances that craig caches (default: 1/4 of a worker's)"
     )
     target: Target | None = None
     options: dict[str, Any] = Field(default_factory=dict, description="the rule's own options")
@@ -247,9 +223,7 @@ class Reselect(Select):
 
     renamed: ClassVar[Mapping[str, str]] = {**Select.renamed, "every": "every_epochs", "warm": "warm_epochs"}
 
-    every_epochs: int = Field(
-        0, ge=0, description="epochs between selections by the model in training; 0 = select once"
-    )
+    every_epochs: int = Field(0, ge=0, description="epochs between selections by the trained model; 0 = select once")
     warm_epochs: int = Field(0, ge=0, description="first epochs on all samples")
 
     def due(self, epoch: int) -> bool:
@@ -276,9 +250,7 @@ class Cluster(Settings):
     cpus_per_worker: Threads | None = Field(
         None, description="CPUs of each worker (default: 1; with GPUs, a node's CPUs divided among its GPUs)"
     )
-    gpus_per_worker: float | None = Field(
-        None, ge=0, description="GPUs of each worker (default: 1 if the cluster has any)"
-    )
+    gpus_per_worker: float | None = Field(None, ge=0, description="GPUs of each worker (default: 1 if there are any)")
     max_failures: int = Field(3, ge=0, description="restarts of the workers after one is lost")
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp", description="ddp = a copy of the model on each worker; fsdp = shared (FSDP2, models of transformers)"
@@ -296,9 +268,7 @@ class Track(Settings):
 
     removed: ClassVar[Mapping[str, Any]] = {"name": "mlflow"}
 
-    name: Literal["wandb", "tensorboard"] | None = Field(
-        None, description="wandb (offline if there is no key) or tensorboard"
-    )
+    name: Literal["wandb", "tensorboard"] | None = Field(None, description="wandb, offline without key; tensorboard")
     project: str = Field("effray", min_length=1, description="W&B project")
     profile: bool = Field(False, description="trace steps of the second epoch: trace.json.gz, for ui.perfetto.dev")
 
@@ -316,16 +286,11 @@ class RunSettings(Settings):
     track: Track = Track()
 
     @model_validator(mode="after")
-    def _check_profile(self) -> Self:
-        epochs = getattr(self, "epochs", 0)
+    def _check_training(self) -> Self:
+        """Refuse a trace without its epoch, and shared parameters without effect or that would never meet."""
+        cluster, epochs = self.cluster, getattr(self, "epochs", 0)
         if self.track.profile and epochs < 2:
             raise UserError(f"track.profile traces the second epoch of training: there are {epochs} epochs")
-        return self
-
-    @model_validator(mode="after")
-    def _check_strategy(self) -> Self:
-        """Refuse shared parameters where they would do nothing or workers would wait for each other forever."""
-        cluster = self.cluster
         if cluster.strategy == "ddp":
             return self
         train, model = getattr(self, "train", None), getattr(self, "model", Model()).name
@@ -361,27 +326,24 @@ class Experiment(RunSettings):
         return epochs
 
     @model_validator(mode="after")
-    def _check_best(self) -> Self:
-        """Refuse to keep the best epoch if none is evaluated."""
-        train = getattr(self, "train", None)
-        if not isinstance(train, Train) or train.keep == "last":
+    def _check_train(self) -> Self:
+        """Refuse to keep the best epoch if none is evaluated, and another loss where a method needs cross-entropy."""
+        train, select = getattr(self, "train", None), getattr(self, "select", None)
+        if not isinstance(train, Train):
             return self
-        if not self.dataset.validation:
-            raise UserError("train.keep = best is by held-out samples: dataset.validation = 0 holds out none")
         every = train.evaluate_every_epochs
-        if not 0 < every <= self.epochs:
+        if train.keep == "best" and not self.dataset.validation:
+            raise UserError("train.keep = best is by held-out samples: dataset.validation = 0 holds out none")
+        if train.keep == "best" and not 0 < every <= self.epochs:
             setting = f"train.evaluate_every_epochs = {every}"
             raise UserError(f"train.keep = best: {setting} of {self.epochs} epochs evaluates none")
-        return self
-
-    @model_validator(mode="after")
-    def _check_loss(self) -> Self:
-        """Refuse a loss of the user's where a method goes by gradients or records of the cross-entropy."""
-        loss, select = getattr(getattr(self, "train", None), "loss", None), getattr(self, "select", None)
         readers = [named.name for named in self.hooks if ":" not in named.name]
-        readers += [select.rule] if select and select.rule != "random" else []
-        if loss is not None and (readers or not self.plain):
-            raise UserError(f"train.loss = {loss}: {readers[0] if readers else 'the method'} goes by the cross-entropy")
+        if select and select.rule != "random":
+            readers.append(select.rule)
+        if not self.plain:
+            readers.append("the method")
+        if train.loss is not None and readers:
+            raise UserError(f"train.loss = {train.loss}: {readers[0]} goes by the cross-entropy")
         return self
 
     def adaptations(self, n: int) -> dict[str, tuple[Any, str]]:

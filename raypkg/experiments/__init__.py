@@ -43,10 +43,7 @@ def training_settings_of(entry: Entry) -> type[Experiment]:
 
 
 def open_run(settings: R) -> tuple[R, Samples]:
-    """Open a run's samples; return them with the settings that a new run stores, which pin them by a digest.
-
-    Samples that differ from a digest in the settings are refused.
-    """
+    """Open a run's samples, which a digest in the settings must fit; return the settings to store, which pin them."""
     with heavy_imports():  # imports only: the garbage collector is off in this block
         from raypkg.data import opening  # noqa: F401
     from raypkg.experiments.samples import open_samples, pinned

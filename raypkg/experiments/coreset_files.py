@@ -1,7 +1,4 @@
-"""Coresets and scores as parquet files, and the agreement of two runs in them.
-
-A coreset's metadata says what it was made from.
-"""
+"""Coresets and scores as parquet files, and the agreement of two runs in them."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -32,19 +29,10 @@ KEY = b"effray"  # of the metadata
 def origin(experiment: RunSettings) -> dict[str, Any]:
     """Return the settings on which the positions in a coreset depend."""
     return {
-        "dataset": last_part(experiment.dataset.name),
+        "dataset": folder_and_name(experiment.dataset.name)[1],  # without its folder: data may be moved
         "seed": experiment.seed,
         "validation": experiment.dataset.validation,
     }
-
-
-def last_part(name: str) -> str:
-    """Return a data set's name without its folder: data may be moved.
-
-    >>> last_part("parquet:/data/cifar10"), last_part("table:s3://bucket/rows.csv?region=x"), last_part("digits")
-    ('cifar10', 'rows.csv', 'digits')
-    """
-    return folder_and_name(name)[1]
 
 
 class Made(BaseModel):
@@ -84,10 +72,10 @@ def save_coreset(
 
 def given_coreset(settings: RunSettings, path: str, samples: Samples, storage: Storage, file: str) -> Coreset:
     """Copy a coreset into the run folder under a name, unless an earlier attempt did, and return it."""
-    if file in storage.list():
-        return load_coreset(f"{storage.root}/{file}", samples, settings.dataset)
-    coreset = load_coreset(path, samples, settings.dataset)
-    save_coreset(storage, coreset, samples, settings, {"source": path}, file=file)
+    is_there = file in storage.list()
+    coreset = load_coreset(f"{storage.root}/{file}" if is_there else path, samples, settings.dataset)
+    if not is_there:
+        save_coreset(storage, coreset, samples, settings, {"source": path}, file=file)
     return coreset
 
 
@@ -105,7 +93,7 @@ def load_coreset(path: str, samples: Samples, dataset: Dataset) -> Coreset:
         raise UserError(f"the metadata of {path} is damaged: {first_problem(error)}") from None
     if made.samples not in (None, len(split)):
         raise UserError(f"{path} was made for {made.samples} samples, this data set has {len(split)}")
-    if made.dataset is not None and last_part(made.dataset) != last_part(dataset.name):
+    if made.dataset is not None and folder_and_name(made.dataset)[1] != folder_and_name(dataset.name)[1]:
         raise UserError(f"{path} was made for {made.dataset}, this data set is {dataset.name}")
     if made.digest and made.dataset_options == dataset.options and made.digest != samples.digest(Dataset()):
         raise UserError(f"{path} was made for other samples of {dataset.name}: its files or its drawn labels changed")
@@ -168,21 +156,18 @@ def is_number(kind: pa.DataType) -> bool:
 
 
 def compare(run: RunFolder, other: RunFolder) -> str:
-    """Return the overlap of two coresets and the rank correlation of the scores, if both runs have them, in one line.
-
-    Refuse unfinished runs, and runs that selected from different samples.
-    """
+    """Return the overlap of two finished runs' coresets and, if both have scores, their rank correlation, in a line."""
+    sizes = []  # of the samples that each selected from
     for each in (run, other):
         if each.summary is None:
             raise UserError(f"{each.name} is not finished: there is no {CORESET} to compare")
-    n, others_n = ((each.summary or {})["samples"] for each in (run, other))
+        sizes.append(each.summary["samples"])
     correlation = rank_correlation(run, other)
-    if correlation is None and n != others_n:
-        raise UserError(f"{run.name} chose from {n} samples and {other.name} from {others_n}: same data set?")
-    picked = picks_of(run)
-    others_picked = picks_of(other)
+    if correlation is None and sizes[0] != sizes[1]:
+        raise UserError(f"{run.name} chose from {sizes[0]} samples and {other.name} from {sizes[1]}: same data set?")
+    picked, others_picked = picks_of(run), picks_of(other)
     common = len(np.intersect1d(picked, others_picked))
-    chance = len(others_picked) / n  # expected share of common picks at random
+    chance = len(others_picked) / sizes[0]  # expected share of common picks at random
     rho = "" if correlation is None else f"rank correlation of the scores {correlation:.3f}; "
     return (
         f"{run.name} against {other.name}: {rho}{common:,} of {len(picked):,} picks in common"

@@ -9,9 +9,10 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import product
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,7 +25,6 @@ from raypkg.cluster.actors import hold
 from raypkg.core.errors import UserError
 from raypkg.core.memory import readable
 from raypkg.core.seeds import generator
-from raypkg.core.settings import Cluster, Dataset
 from raypkg.data import Data
 from raypkg.data.augment import compose
 from raypkg.data.sources.table import FEATURES, LABEL, features_schema
@@ -32,10 +32,13 @@ from raypkg.data.split import Split
 from raypkg.engine.batches import alternate
 from raypkg.engine.shards import Shard
 from raypkg.engine.worker import Cost
+from raypkg.runs.folder import RunFolder
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .trained import Backbone
+from .samples import augmentations
+from .train import EmbedSettings
+from .trained import Backbone, named_backbone, trained_backbone
 
 PHASE = "embed"
 PART_BYTES = 64 << 20
@@ -69,11 +72,10 @@ def parts_of(split: str, n: int, draws: int, size: int) -> list[Part]:
     >>> [(part.file, part.draw, part.start, part.stop) for part in parts_of("test", 5, 1, 3)]
     [('test-00000.parquet', 0, 0, 3), ('test-00001.parquet', 0, 3, 5)]
     """
-    places = [(draw, start) for draw in range(draws) for start in range(0, n, size)]
-    return [
-        Part(f"{split}-{number:05d}.parquet", split, draw, start, min(start + size, n))
-        for number, (draw, start) in enumerate(places)
-    ]
+    parts: list[Part] = []
+    for draw, start in product(range(draws), range(0, n, size)):
+        parts.append(Part(f"{split}-{len(parts):05d}.parquet", split, draw, start, min(start + size, n)))
+    return parts
 
 
 @dataclass(frozen=True)
@@ -84,21 +86,8 @@ class Embedding:
     smaller = "use fewer --draws, a narrower model or another --root"
     backbone: Backbone
     parts: dict[str, list[Part]]  # by split, in the order of the rows
-    augment: tuple[str, ...]  # augmentations of training samples
+    augment: list[str]  # augmentations of training samples
     seed: int  # of their draws
-
-    @classmethod
-    def of(
-        cls, backbone: Backbone, data: Data, draws: int, rows_per_part: int, augment: Sequence[str], seed: int
-    ) -> "Embedding":
-        """Plan ``draws`` augmented rows of each training sample, or one without augmentation, and one per test sample.
-
-        Parts of wide features have fewer rows than ``rows_per_part``.
-        """
-        size = min(rows_per_part, max(1, PART_BYTES // (4 * backbone.width)))
-        train = parts_of("train", len(data.train), max(1, draws), size)
-        test = parts_of("test", len(data.test), 1, size)
-        return cls(backbone, {"train": train, "test": test}, tuple(augment) if draws else (), seed)
 
     def rows(self, split: str) -> int:
         """Return the number of rows of a split."""
@@ -142,15 +131,32 @@ class Embedding:
         return features
 
 
-def embed(embedding: Embedding, data: Data, dataset: Dataset, cluster: Cluster, report: Report) -> None:
+def planned(settings: EmbedSettings, data: Data, folder: RunFolder) -> Embedding:
+    """Plan ``draws`` augmented rows of each training sample, or one without augmentation, and one per test sample."""
+    draws, augment = settings.draws, augmentations(settings.dataset, data)
+    if draws and not augment:
+        raise UserError(f"draws = {draws}: {settings.dataset.name} has no augmentation, so all would be equal")
+    if settings.model_from:
+        backbone = trained_backbone(folder, settings.model_from, settings.dataset, data, settings.precision)
+    else:
+        backbone = named_backbone(settings.model, data, settings.precision, settings.seed)
+    size = min(settings.rows_per_part, max(1, PART_BYTES // (4 * backbone.width)))  # fewer rows of wide features
+    train = parts_of("train", len(data.train), max(1, draws), size)
+    test = parts_of("test", len(data.test), 1, size)
+    return Embedding(backbone, {"train": train, "test": test}, augment if draws else [], settings.seed)
+
+
+def embed(settings: EmbedSettings, data: Data, report: Report) -> None:
     """Compute all missing features, and leave train.parquet and test.parquet in the run folder."""
     storage = report.folder.storage
+    embedding = planned(settings, data, report.folder)
+    cluster = settings.cluster
     digest = embedding.backbone.digest
     nobody = torch.empty(0, dtype=torch.int64)
 
     def compute(missing: list[Part]) -> None:
         def shards_for(holders: int) -> list[Shard]:
-            source = data if cluster.workers == 0 else dataset
+            source = data if cluster.workers == 0 else settings.dataset
             world = min(holders, len(missing))
             return [Shard(source, nobody, nobody, rank=rank, world=world) for rank in range(world)]
 
@@ -166,8 +172,8 @@ def embed(embedding: Embedding, data: Data, dataset: Dataset, cluster: Cluster, 
             made += join_parts(storage, parts, f"{split}.parquet", schema)
         finding = f"{embedding.describe()}: the folder below is a data set of them, --dataset table:PATH"
         rows = {"rows": embedding.rows("train"), "test_rows": embedding.rows("test")}
-        figures = {**rows, "width": embedding.backbone.width}
-        return {**figures, "costs": [bill_of(PHASE, made).record()], "main": True, "findings": [finding]}
+        facts = {**rows, "width": embedding.backbone.width, "main": True, "findings": [finding]}
+        return {"costs": [bill_of(PHASE, made).record()], **facts}
 
     report.phase(PHASE, work, epochs=sum(map(len, embedding.parts.values())))
     storage.delete_folder(PARTS)  # only after the phase is recorded, or they would be recomputed
@@ -212,13 +218,34 @@ def check_disk(plan: Plan, storage: Storage) -> None:
 
 
 def complete(plan: Plan, digest: str, report: Report, compute: Callable[[list[Part]], object]) -> None:
-    """Have all parts computed that are missing or not of the digest; report each as soon as it is written."""
+    """Have all parts computed that are missing or not of the digest; report each once any process has written it."""
     storage = report.folder.storage
     parts = [part for parts in plan.parts.values() for part in parts]
     missing = [part for part in parts if not is_there(storage, part, digest)]
-    with _followed(plan.phase, parts, report):
-        if missing:
-            compute(missing)
+    done = threading.Event()
+    reported: set[str] = set()
+
+    def tell(there: Iterable[str]) -> None:
+        fresh = set(there) - reported
+        for number, part in enumerate(parts, 1):
+            if part.file in fresh:
+                report({"phase": plan.phase, "epoch": number, "rows": len(part)})
+        reported.update(fresh)
+
+    def follow() -> None:
+        while not done.wait(GLANCE):
+            with suppress(OSError):  # of a distant storage: the next look finds as much
+                tell(storage.list(PARTS))
+
+    with ThreadPoolExecutor(1, "progress") as pool:
+        following = pool.submit(follow)
+        try:
+            if missing:
+                compute(missing)
+        finally:
+            done.set()
+    following.result()
+    tell(part.file for part in parts)
 
 
 def write_parts(shard: Shard, plan: Plan, parts: Sequence[Part], digest: str, storage: Storage) -> None:
@@ -299,32 +326,3 @@ def bill_of(phase: str, made: Iterable[tuple[int, Cost]]) -> Cost:
         bill = bill.then(cost)
         bill.seconds += cost.seconds / world - cost.seconds
     return bill
-
-
-@contextmanager
-def _followed(phase: str, parts: Sequence[Part], report: Report) -> Iterator[None]:
-    """Report each part as a row of metrics once any process has written it, until the block ends."""
-    storage = report.folder.storage
-    done = threading.Event()
-    reported: set[str] = set()
-
-    def tell(there: Iterable[str]) -> None:
-        fresh = set(there) - reported
-        for number, part in enumerate(parts, 1):
-            if part.file in fresh:
-                report({"phase": phase, "epoch": number, "rows": len(part)})
-        reported.update(fresh)
-
-    def follow() -> None:
-        while not done.wait(GLANCE):
-            with suppress(OSError):  # of a distant storage: the next look finds as much
-                tell(storage.list(PARTS))
-
-    with ThreadPoolExecutor(1, "progress") as pool:
-        following = pool.submit(follow)
-        try:
-            yield
-        finally:
-            done.set()
-    following.result()
-    tell(part.file for part in parts)  # all of them: the block has ended

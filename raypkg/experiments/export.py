@@ -199,13 +199,11 @@ def export_onnx(run: Finished, place: Path) -> str:
     else:
         graph = WithNormalisation(model, 255.0 if kind is IMAGES else 1.0)
         x, _ = data.train.batch(data.train.spread(2))
+    form: dict[str, Any] = {"dynamic_shapes": [any_size], "input_names": ["x"], "output_names": ["logits"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about its own parts
         try:
-            program = torch.onnx.export(
-                graph.eval(), (x,), dynamo=True, dynamic_shapes=[any_size], input_names=["x"], output_names=["logits"],
-                verbose=False,
-            )  # fmt: skip
+            program = torch.onnx.export(graph.eval(), (x,), dynamo=True, verbose=False, **form)
         except torch.onnx.OnnxExporterError as error:
             name = run.settings.model.name
             raise UserError(f"model {name!r} has no ONNX graph: {str(error).partition(chr(10))[0]}") from None

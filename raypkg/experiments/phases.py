@@ -11,7 +11,7 @@ from contextlib import suppress
 from copy import deepcopy
 from typing import TYPE_CHECKING, TypeVar
 
-from raypkg.core.config import dotted
+from raypkg.core.config import changed, dotted
 from raypkg.core.registry import Registry
 from raypkg.core.settings import Experiment, Model, RunSettings, Select, Training
 from raypkg.runs.folder import CORESET, MODEL, RunFolder
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .samples import Samples
 
 R = TypeVar("R", bound=RunSettings)
-COPIES = {"sgd": 1, "adamw": 2}  # numbers that the optimiser holds for each parameter; SGD only with momentum
 BOUND = 3 * 10**11  # operations; one process takes 10 to 20 s for as many, which Ray needs to start and end workers
 Donors = Callable[[Stage], Iterable[RunFolder]]
 outlook = Registry("outlook", "raypkg.methods.*.experiment")
@@ -35,15 +34,9 @@ def stages_of(experiment: str, settings: RunSettings) -> list[Stage]:
     """Return the planned phases of an experiment's run in their order."""
     if experiment in outlook:
         return outlook[experiment](settings)
-    if isinstance(settings, Experiment):
-        return [main_stage(settings)]
-    return [selection_stage()]
-
-
-@outlook("embed")
-def embedding_stages(settings: RunSettings) -> list[Stage]:
-    """Return the one phase of an embedding; its rows of metrics are parts, whose number depends on the data."""
-    return [Stage("embed", files=("train.parquet", "test.parquet"))]
+    if experiment == "embed":  # its rows of metrics are parts, whose number depends on the data
+        return [Stage("embed", files=("train.parquet", "test.parquet"))]
+    return [main_stage(settings) if isinstance(settings, Experiment) else selection_stage()]
 
 
 def selection_stage() -> Stage:
@@ -52,10 +45,7 @@ def selection_stage() -> Stage:
 
 
 def main_stage(settings: Experiment, share: float | None = None) -> Stage:
-    """Return the main training, on the samples or the coreset that the settings give or select.
-
-    ``share`` is the share of the samples in use, if it is not that of ``select``.
-    """
+    """Return the main training, on the coreset that the settings give or select, or on a ``share`` of the samples."""
     select = getattr(settings, "select", None)
     given = getattr(settings, "coreset", None)
     if share is None and isinstance(select, Select):
@@ -96,18 +86,15 @@ def take_over(folder: RunFolder, stages: Sequence[Stage], donors: Donors) -> Non
     states what the phase costs, and the record names the run that computed it.
     """
     done = folder.storage.list("phases")
-    ours = dotted(folder.config)
     phases: list[str] = []
     for stage in stages:
         if f"{stage.phase}.json" not in done:
             phases.append(stage.phase)
         if not (phases and stage.depends_on):
             continue
-        for donor in donors(stage):
-            same = stage.settings_in(dotted(donor.config)) == stage.settings_in(ours)
-            if same and folder.take_over(phases, donor):
-                break
-        else:
+        ours = stage.settings_in(dotted(folder.config))
+        alike = (donor for donor in donors(stage) if stage.settings_in(dotted(donor.config)) == ours)
+        if not any(folder.take_over(phases, donor) for donor in alike):
             return
         phases = []
 
@@ -116,15 +103,22 @@ def operations(chosen: Model, samples: Samples, stages: Sequence[Stage]) -> int:
     """Return a registered model's operations in planned phases.
 
     They are 3 forward passes a sample backward, and one a sample of a selection. A forward pass uses each weight once
-    at least, as a module may multiply by its own.
+    at least, as a module may multiply by its own. Texts are as long as the longest of a few hundred.
     """
+    from raypkg.data.kinds import TEXTS
     from raypkg.models import outline
     from raypkg.models.operations import forward_flops
 
+    from .samples import LOOK, LOOKED_AT
+
     split = samples.data.train
-    model = outline(chosen.name, split.shape, split.num_classes, chosen.options)
+    shape = split.shape
+    model = outline(chosen.name, shape, split.num_classes, chosen.options)
+    if split.kind is TEXTS:
+        x, _ = split.batch(split.spread(LOOK, blocks=LOOKED_AT))
+        shape = (x.shape[2], *shape[1:])
     weights = sum(each.numel() for each in model.parameters())
-    forward = max(2 * weights, sum(forward_flops(model, split.shape).values()))
+    forward = max(2 * weights, sum(forward_flops(model, shape).values()))
     n = len(samples.train_indices)
     return forward * sum(3 * stage.backward(n) if stage.rows else n for stage in stages)
 
@@ -152,23 +146,22 @@ def with_workers(settings: R, samples: Samples, stages: Sequence[Stage], root: s
     count = operations(chosen, samples, stages)
     if count >= BOUND:
         return settings, starts
-    alone = settings.model_copy(update={"cluster": cluster.model_copy(update={"workers": 0})})
+    alone = changed(settings, {"cluster.workers": 0})
     return alone, f"cluster.workers = 0, this process: {count:.1e} operations, and Ray's start pays from {BOUND:.0e} on"
 
 
 def step_memory(model: nn.Module, split: Split, batch: int, training: Training) -> dict[str, int]:
-    """Return the bytes that a training step needs on a worker, by their purpose, without using them.
-
-    The activations are those kept for the backward pass of a batch, and the batch itself; they may be unknown.
-    """
+    """Return the bytes that a training step needs on a worker, by their purpose, without using them."""
     import torch
 
     dtype = torch.float64 if training.precision == "float64" else torch.float32
     parameters = list(model.parameters())
+    weights = sum(each.numel() for each in parameters) * dtype.itemsize
     trained = sum(each.numel() for each in parameters if each.requires_grad) * dtype.itemsize
-    copies = COPIES[training.optimizer]
-    if training.optimizer == "sgd" and not training.momentum:
-        copies = 0
+    copies = 2 if training.optimizer == "adamw" else int(training.momentum > 0)  # numbers of the optimiser for each
+    needed = {"parameters": weights, "gradients": trained, "optimiser": copies * trained}
+    if getattr(training, "average", None):
+        needed["average"] = trained
 
     # A forward pass on the meta device neither computes nor allocates, but keeps the same tensors for the backward
     # pass. Each storage counts once; its address is 0 there, so its object in C++ identifies it.
@@ -186,10 +179,6 @@ def step_memory(model: nn.Module, split: Split, batch: int, training: Training) 
             kept[key(tensor)] = tensor.untyped_storage()
         return tensor
 
-    weights = sum(each.numel() for each in parameters) * dtype.itemsize
-    needed = {"parameters": weights, "gradients": trained, "optimiser": copies * trained}
-    if getattr(training, "average", None):
-        needed["average"] = trained
     with suppress(Exception):  # a user's model may look at values, which do not exist here
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             twin(x)

@@ -65,15 +65,9 @@ def predictions_of(folder: RunFolder, source: str) -> pa.Table:
 def table_of(names: Sequence[Any], probabilities: Tensor, classes: Sequence[str]) -> pa.Table:
     """Return predictions as a table: input, label, probability, and a column ``p(class)`` for each class."""
     best, labels = probabilities.float().max(1)
-    columns = {
-        "input": pa.array(names),
-        "label": pa.array([classes[label] for label in labels.tolist()]),
-        "probability": pa.array(best.numpy()),
-    }
-    each = {
-        f"p({name})": pa.array(column.numpy()) for name, column in zip(classes, probabilities.T.float(), strict=True)
-    }
-    return pa.table(columns | each)
+    chosen = [classes[label] for label in labels.tolist()]
+    of_each = {f"p({name})": column.numpy() for name, column in zip(classes, probabilities.T.float(), strict=True)}
+    return pa.table({"input": pa.array(names), "label": chosen, "probability": best.numpy(), **of_each})
 
 
 def write_table(table: pa.Table, file: str) -> None:
@@ -170,10 +164,10 @@ class Evaluation(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the accuracy."""
-        n, share = int(self.confusion.sum()), self.accuracy
-        z = CONFIDENT**2 / n
-        middle, half = share + z / 2, CONFIDENT * (share * (1 - share) / n + z / (4 * n)) ** 0.5
-        return (middle - half) / (1 + z), (middle + half) / (1 + z)
+        from scipy.stats import binomtest
+
+        found = binomtest(int(self.confusion.trace()), int(self.confusion.sum())).proportion_ci(0.95, "wilson")
+        return float(found.low), float(found.high)
 
     @property
     def by_class(self) -> dict[str, np.ndarray]:
@@ -209,21 +203,19 @@ def evaluate_run(folder: RunFolder, dataset: Dataset | None, split: str) -> tupl
         UserError: samples of another shape or tokens, or a class that the model does not know.
     """
     model, data, own = trained_classifier(folder)
+    chosen = dataset or own.dataset
     if dataset is not None:
         data = open_data(dataset)
     samples: Split = getattr(data, split)
     if samples.kind is not TEXTS and samples.shape != model.shape:
         shapes = f"{list(samples.shape)}, those of run {folder.name!r} {list(model.shape)}"
-        raise UserError(f"the samples of {(dataset or own.dataset).name!r} have the shape {shapes}")
-    if dataset is not None:
-        if samples.columns and model.columns and samples.columns != model.columns:
-            columns = f"{', '.join(samples.columns)}, those of run {folder.name!r} {', '.join(model.columns)}"
-            raise UserError(f"the samples of {dataset.name!r} have the columns {columns}")
-        check_same_tokens(dataset, own.dataset, data, folder.name)
+        raise UserError(f"the samples of {chosen.name!r} have the shape {shapes}")
+    if samples.columns and model.columns and samples.columns != model.columns:
+        columns = f"{', '.join(samples.columns)}, those of run {folder.name!r} {', '.join(model.columns)}"
+        raise UserError(f"the samples of {chosen.name!r} have the columns {columns}")
+    check_same_tokens(chosen, own.dataset, data, folder.name)
     if foreign := next((name for name in samples.classes if name not in model.classes), None):
-        raise unknown(
-            f"class of {(dataset or own.dataset).name!r} in the model of run {folder.name!r}:", foreign, model.classes
-        )
+        raise unknown(f"class of {chosen.name!r} in the model of run {folder.name!r}:", foreign, model.classes)
     number = torch.tensor([model.classes.index(name) for name in samples.classes])
     views = folder.config.get("train", {}).get("evaluate_views", "plain")
     parts = torch.arange(len(samples)).split(BATCH)

@@ -12,18 +12,19 @@ import grp
 import os
 import pwd
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.machinery import all_suffixes
 from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any, TypeVar
 
 from raypkg.core.address import is_uri
-from raypkg.core.config import Named, dotted, fields_of, load_settings
+from raypkg.core.config import Named, changed, dotted, fields_of, load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.presets import with_preset, without
 from raypkg.core.registry import Lookup, extra, heavy_imports, imported
-from raypkg.core.settings import Experiment, Model, RunSettings, Select, Target, Train
+from raypkg.core.settings import Experiment, Model, RunSettings, Select
 from raypkg.data.sources import dataset
 from raypkg.engine import hook
 from raypkg.models import model, tokenizer_of
@@ -31,7 +32,6 @@ from raypkg.runs.folder import CONFIG, MODEL, RunFolder
 from raypkg.runs.storage import Storage
 
 R = TypeVar("R", bound=RunSettings)
-N = TypeVar("N", bound=Named)
 TOKENIZER = "tokenizer"  # options of a source of texts
 LENGTH = "length"
 TRUST = "EFFRAY_TRUST"
@@ -40,8 +40,8 @@ TRUST = "EFFRAY_TRUST"
 def resolve(schema: type[R], base: Mapping[str, Any] | None, values: Mapping[str, Any], *, shared: bool = False) -> R:
     """Return settings that are ready for a run: with their preset, absolute paths, checked names and a tokenizer.
 
-    ``values``, by dotted names, win over the nested ones of ``base``. The ``shared`` settings of a
-    study's trials get no tokenizer: each trial takes that of its own model.
+    ``values``, by dotted names, win over the nested ones of ``base``. Settings ``shared`` by a study's trials get no
+    tokenizer: each trial takes that of its own model.
     """
     base = dict(base or {})
     values = with_preset(schema, base, values)
@@ -62,7 +62,7 @@ def resolve(schema: type[R], base: Mapping[str, Any] | None, values: Mapping[str
         settings = load_settings(schema, base, without(form, given) | values)
     settings = with_absolute_paths(settings)
     check_names(settings)
-    return settings if shared else with_tokenizer(settings)
+    return settings if shared else _with_tokenizer(settings)
 
 
 def with_run(
@@ -87,7 +87,7 @@ def with_run(
     stored = {name: part for name, part in stored_settings(run).items() if name in ("dataset", "seed")}
     theirs = without(dotted(stored), schema.apart)
     if name := given.get("dataset.name") or given.get("dataset"):
-        chosen = _absolute_data_set(Named(name=name)).name
+        chosen = _absolute("dataset.name", name)
         dataset.check(chosen)
         if chosen != theirs.get("dataset.name"):
             texts = [f"dataset.options.{option}" for option in (TOKENIZER, LENGTH)]
@@ -98,24 +98,27 @@ def with_run(
 
 
 def with_absolute_paths(settings: R) -> R:
-    """Make the paths in names, tokenizers and files absolute: workers and resumed runs have other working folders.
+    """Make the paths in names, tokenizers and files absolute: workers and resumed runs have other working folders."""
+    texts = _texts(settings.model_dump())
+    return changed(settings, {place: path for place, text in texts if (path := _absolute(place, text)) != text})
 
-    URIs stay as they are, and so do names on the hub and names of runs.
-    """
-    parts: dict[str, Any] = {"dataset": _absolute_data_set(settings.dataset)}
-    for name in ("only", "streamed"):
-        path = getattr(settings.dataset, name)
-        if path is not None and not is_uri(path):
-            parts["dataset"] = parts["dataset"].model_copy(update={name: _absolute(path)})
-    if chosen := _model_of(settings):
-        family, colon, variant = chosen.name.partition(":")
-        parts["model"] = chosen.model_copy(update={"name": f"{family}{colon}{_absolute_folder(variant)}"})
-    train = getattr(settings, "train", None)
-    if isinstance(train, Train) and train.from_ is not None:
-        path = Path(train.from_)
-        if path.is_file() or (path / "summary.json").is_file():  # otherwise it may be the name of a run
-            parts["train"] = train.model_copy(update={"from_": _absolute(path)})
-    return _with_target(settings.model_copy(update=parts), _absolute_data_set)
+
+def _absolute(place: str, text: str) -> str:
+    """Return a setting's text, with an absolute path where the setting, a dotted name, has or ends with one."""
+    head, colon, path = text.partition(":") if place.endswith(".name") else ("", "", text)
+    here = Path(os.path.expanduser(path))
+    match place.split("."):
+        case ["dataset", "name"] | [*_, "target", "name"]:
+            is_path = path != "" and head in dataset and not is_uri(path)
+        case ["dataset", "only" | "streamed"]:
+            is_path = not is_uri(path)
+        case ["model", "name"] | [*_, "dataset" | "target", "options", "tokenizer"]:  # otherwise of the hub
+            is_path = "/" in path and here.is_dir()
+        case ["train", "from"]:  # otherwise it may be the name of a run
+            is_path = here.is_file() or (here / "summary.json").is_file()
+        case _:
+            is_path = False
+    return f"{head}{colon}{here.absolute()}" if is_path else text
 
 
 def check_names(settings: RunSettings) -> None:
@@ -154,64 +157,27 @@ def check_names(settings: RunSettings) -> None:
         _ = wandb_settings(settings.track) if name == "wandb" else extra(*TENSORBOARD)  # which refuse what is wrong
 
 
-def with_tokenizer(settings: R) -> R:
+def _with_tokenizer(settings: R) -> R:
     """Set the tokenizer of texts to the model's, and a selection's target's and its length to the data set's."""
-    chosen = settings.dataset
-    named = _model_of(settings)
-    own = tokenizer_of(named.name) if named and TOKENIZER not in chosen.options else None
-    if own and _takes_tokenizer(chosen):
-        chosen = chosen.model_copy(update={"options": {**chosen.options, TOKENIZER: own}})
-        settings = settings.model_copy(update={"dataset": chosen})
-    shared = {name: chosen.options[name] for name in (TOKENIZER, LENGTH) if name in chosen.options}
-
-    def cut_alike(target: Target) -> Target:
-        if not target.is_data_set or not _takes_tokenizer(target):
-            return target
-        return target.model_copy(update={"options": shared | target.options})
-
-    return _with_target(settings, cut_alike)
+    chosen = getattr(settings, "model", None)
+    named = chosen.name if isinstance(chosen, Model) else ""
+    options = dict(settings.dataset.options)
+    own = tokenizer_of(named) if named and TOKENIZER not in options else None
+    if own and _takes_tokenizer(settings.dataset):
+        options[TOKENIZER] = own
+    changes = {"dataset.options": options}
+    select = selection_of(settings)
+    if select and select.target and select.target.is_data_set and _takes_tokenizer(select.target):
+        shared = {name: options[name] for name in (TOKENIZER, LENGTH) if name in options}
+        part = "" if select is settings else "select."
+        changes[f"{part}target.options"] = shared | select.target.options
+    return changed(settings, changes)
 
 
 def selection_of(settings: RunSettings) -> Select | None:
     """Return the settings of the run's selection, or None."""
     select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
     return select if isinstance(select, Select) else None
-
-
-def _model_of(settings: RunSettings) -> Model | None:
-    """Return the model that training or `effray embed` chooses by its name."""
-    chosen = getattr(settings, "model", None)
-    return chosen if isinstance(chosen, Model) and chosen.name else None
-
-
-def _with_target(settings: R, change: Callable[[Target], Target]) -> R:
-    """Change the data set that the run's selection is for, if one is set."""
-    select = selection_of(settings)
-    if select is None or select.target is None:
-        return settings
-    changes = {"target": change(select.target)}
-    if isinstance(settings, Select):
-        return settings.model_copy(update=changes)
-    return settings.model_copy(update={"select": select.model_copy(update=changes)})
-
-
-def _absolute_data_set(chosen: N) -> N:
-    changes: dict[str, Any] = {}
-    source, _, path = chosen.name.partition(":")
-    if path and source in dataset and not is_uri(path):
-        changes["name"] = f"{source}:{_absolute(path)}"
-    if isinstance(own := chosen.options.get(TOKENIZER), str):
-        changes["options"] = {**chosen.options, TOKENIZER: _absolute_folder(own)}
-    return chosen.model_copy(update=changes)
-
-
-def _absolute(path: str | Path) -> str:
-    return str(Path(path).expanduser().absolute())
-
-
-def _absolute_folder(name: str) -> str:
-    """Return the absolute path of an existing folder; any other name stays as it is."""
-    return _absolute(name) if "/" in name and Path(name).expanduser().is_dir() else name
 
 
 def _takes_tokenizer(chosen: Named) -> bool:
@@ -235,10 +201,16 @@ def stored_settings(folder: RunFolder) -> dict[str, Any]:
 
 def check_code(storage: Storage, values: Any, file: str = CONFIG) -> None:
     """Refuse stored settings that name code, unless the user owns or trusts them and the code."""
+    registries: dict[str, Any] = {"dataset": dataset, "model": model, "target": dataset}
     for place, text in _texts(values):
-        if _names_code(place, text):
+        # A text that imports a module, as no URI and no registry's own name, such as torchvision:resnet18, does.
+        head, colon, rest = text.partition(":")
+        registry = registries.get(place.removesuffix(".name").rpartition(".")[2], ())
+        if not colon or rest.startswith("//") or head in registry:
+            continue
+        if all(part.isidentifier() for part in head.split(".")):
             _check_own(storage, file, f"names code, {text!r}")
-            _check_modules([text.partition(":")[0]])
+            _check_modules([head])
 
 
 def check_file_of_code(storage: Storage, file: str) -> None:
@@ -302,27 +274,13 @@ def _is_own(path: Path, own: int = 2) -> bool:
             if not _is_own(place.parent / place.readlink(), max(own - depth, 0)):
                 return False
         elif not (stat.S_ISDIR(mode) and mode & stat.S_ISVTX):
-            if mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _is_private_group(status)):
+            is_private = False
+            with suppress(KeyError):  # of users and groups without a name
+                user, group = pwd.getpwuid(status.st_uid).pw_name, grp.getgrgid(status.st_gid)
+                is_private = group.gr_name == user and {*group.gr_mem} <= {user}
+            if mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not is_private):
                 return False
     return True
-
-
-def _is_private_group(status: os.stat_result) -> bool:
-    try:
-        user, group = pwd.getpwuid(status.st_uid).pw_name, grp.getgrgid(status.st_gid)
-    except KeyError:
-        return False
-    return group.gr_name == user and {*group.gr_mem} <= {user}
-
-
-def _names_code(place: str, text: str) -> bool:
-    """Return True if a text imports a module, as no registry's own name, such as torchvision:resnet18, does."""
-    head, colon, rest = text.partition(":")
-    part = place.removesuffix(".name").rpartition(".")[2]
-    registry = {"dataset": dataset, "model": model, "target": dataset}.get(part)
-    if not colon or rest.startswith("//") or (registry and head in registry):  # the second is a URI
-        return False
-    return all(part.isidentifier() for part in head.split("."))
 
 
 def _texts(values: Any, place: str = "") -> Iterator[tuple[str, str]]:

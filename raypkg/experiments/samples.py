@@ -5,7 +5,7 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from raypkg.core.config import load_settings
+from raypkg.core.config import changed
 from raypkg.core.errors import UserError
 from raypkg.core.presets import FORMER
 from raypkg.core.seeds import generator
@@ -73,10 +73,7 @@ class Samples(NamedTuple):
 
 
 def open_samples(settings: RunSettings, *, verify: bool = True) -> Samples:
-    """Open a run's data set and hold out its validation share, stratified, by the seed.
-
-    ``verify`` refuses samples that do not match the digest in the settings, if there is one.
-    """
+    """Open a run's data set, ``verify`` it by the digest in its settings, and hold out the validation share by seed."""
     from raypkg.data.opening import open_data
     from raypkg.data.partition import hold_out
 
@@ -95,10 +92,7 @@ def open_samples(settings: RunSettings, *, verify: bool = True) -> Samples:
 
 
 def pinned(settings: R, samples: Samples) -> R:
-    """Return the settings with the digest of the samples, the seed of their draws, and values adapted to their number.
-
-    Actors open the data set by its settings alone, and a resumed run refuses other samples.
-    """
+    """Return settings with the digest of the samples, the seed of their draws, and values adapted to their number."""
     dataset = settings.dataset
     values: dict[str, Any] = {}
     if dataset.digest is None:
@@ -111,7 +105,7 @@ def pinned(settings: R, samples: Samples) -> R:
             values[name] = value
             notes.append(f"{name} = {value} instead of {replaced}")
         values["adapted"] = notes
-    return load_settings(type(settings), settings.model_dump(mode="json"), values) if values else settings
+    return changed(settings, values)
 
 
 def samples_on(worker: Worker, settings: RunSettings) -> Samples:
@@ -148,12 +142,9 @@ def _check_answers(settings: Experiment, train: Split) -> None:
     if settings.dataset.noise:
         raise UserError(f"dataset.noise = {settings.dataset.noise:g}: a language model sees no labels to be wrong")
     for part in ("train", "pretrain"):
-        smoothing = getattr(getattr(settings, part, None), "label_smoothing", 0)
-        if smoothing:
-            raise UserError(f"{part}.label_smoothing = {smoothing:g}: a language model sees no labels to smooth")
-        for name in ("loss", "metric"):
-            if function := getattr(getattr(settings, part, None), name, None):
-                raise UserError(f"{part}.{name} = {function}: a language model has no logits and labels of classes")
+        for name in ("label_smoothing", "loss", "metric"):
+            if value := getattr(getattr(settings, part, None), name, None):
+                raise UserError(f"{part}.{name} = {value}: a language model has no logits and labels of classes")
     x, _ = train.batch(train.spread(LOOK, blocks=LOOKED_AT).unique())
     if not (x[:, 1, 1:] == 1).any(1).all():
         raise UserError(

@@ -115,10 +115,7 @@ def _select(
 ) -> dict[str, Any]:
     """Select on the shards, and store the coreset in a run folder, if one is given; return the phase's record."""
     split = samples.data.train
-    scorers = []
-    for model in models:
-        weights = load_tensors(model.storage, model.file)
-        scorers.append(SentModel.of(model.architecture, split, weights, model.precision))
+    scorers = [SentModel.of(m.architecture, split, load_tensors(m.storage, m.file), m.precision) for m in models]
     record = load_record(models[0].storage, models[0].file, split.y)
     picked = select_coreset(shards, scorers, select, record, samples.train_indices, seed=settings.seed)
     if storage:

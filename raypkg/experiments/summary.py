@@ -16,6 +16,7 @@ from raypkg.runs.plots import save_plot
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
+from .coreset_files import load_coreset, read_coreset
 from .samples import Samples
 
 LEFT_OUT = {"costs", "elapsed", "files", "findings", "from", "main", "number"}  # of a phase's record
@@ -30,8 +31,6 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
     n = len(samples.train_indices)
     coreset = None
     if CORESET in folder.storage.list():
-        from .coreset_files import load_coreset
-
         coreset = load_coreset(f"{folder.storage.root}/{CORESET}", samples, settings.dataset)
 
     costs = []
@@ -44,13 +43,12 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
             costs.append({**cost, "phase": phase if part == phase else f"{phase}: {part}"})
 
     findings = [line for record in records.values() for line in record.get("findings", ())]
-    wrong = {"wrong_labels": wrong_share(split, samples.train_indices)}
-    if coreset is not None:
-        wrong["coreset_wrong_labels"] = wrong_share(split, coreset.indices)
-    wrong = {name: share for name, share in wrong.items() if share is not None}  # None = true labels are unknown
-    if "coreset_wrong_labels" in wrong:
-        among_all = f"{wrong['wrong_labels']:.1%} of all samples"
-        findings.append(f"wrong labels: {wrong['coreset_wrong_labels']:.1%} of the coreset, {among_all}")
+    wrong: dict[str, float | None] = {}
+    if (share := wrong_share(split, samples.train_indices)) is not None:  # None = true labels are unknown
+        wrong["wrong_labels"] = share
+        if coreset is not None:
+            wrong["coreset_wrong_labels"] = of_coreset = wrong_share(split, coreset.indices)
+            findings.append(f"wrong labels: {of_coreset:.1%} of the coreset, {share:.1%} of all samples")
     taken = {phase: record["from"] for phase, record in records.items() if "from" in record}
     for run in dict.fromkeys(taken.values()):
         phases = " and ".join(phase for phase, donor in taken.items() if donor == run)
@@ -79,8 +77,6 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
 
 def draw_coreset(storage: Storage, samples: Samples, coreset: Coreset) -> None:
     """Draw a coreset's classes and, if its samples have scores, their distribution and the extreme images."""
-    from .coreset_files import read_coreset
-
     split = samples.data.train
     picked = torch.bincount(split.y[coreset.indices], minlength=split.num_classes).tolist()
     total = torch.bincount(split.y[samples.train_indices], minlength=split.num_classes).tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -22,15 +22,11 @@ from raypkg.core.settings import (
     Train,
 )
 from raypkg.models import model
-from raypkg.runs.folder import CORESET, RunFolder
+from raypkg.runs.folder import CORESET
 from raypkg.runs.report import Report
 
 from . import experiment
 from .samples import Samples
-
-if TYPE_CHECKING:  # PyTorch, which `--help` does not need
-    from raypkg.data import Data
-    from raypkg.experiments.embedding import Embedding
 
 
 class TrainSelect(Reselect):
@@ -47,9 +43,7 @@ class TrainSettings(Experiment):
     plain = True
 
     coreset: str | None = Field(None, description="a coreset.parquet to begin with")
-    select: TrainSelect | None = Field(
-        None, description="selection of the training samples (default: all, or the given coreset)"
-    )
+    select: TrainSelect | None = Field(None, description="selection of training samples (default: all, or the coreset)")
     train: Train = Train()
 
     def check(self, n: int, data: Any) -> None:
@@ -93,9 +87,7 @@ class SelectSettings(Select, RunSettings):
     """Settings of `effray select`."""
 
     preset: RulePreset = None
-    model_from: str = Field(
-        "", description="run whose model selects, by name or path; A,B = several, for el2n and grand to average over"
-    )
+    model_from: str = Field("", description="run whose model selects, by name or path; A,B = several (el2n, grand)")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="precision of the forward pass; auto = bfloat16 where the processor computes in it"
     )
@@ -145,15 +137,11 @@ class EmbedSettings(RunSettings):
     precision: Literal["float32", "bfloat16"] = Field("float32", description="precision of the forward pass")
 
     @model_validator(mode="after")
-    def _one_model(self) -> Self:
+    def _check_unused(self) -> Self:
         if bool(self.model.name) == bool(self.model_from):
             raise UserError("embed needs a model: give one of --model NAME and --model-from RUN")
         if self.model_from and self.model.options:
             raise UserError("model.options would do nothing: the model of --model-from is as its run has it")
-        return self
-
-    @model_validator(mode="after")
-    def _every_sample(self) -> Self:
         if self.dataset.only is not None:
             raise UserError("dataset.only: embed takes every sample; choose among the rows where you train on them")
         if self.dataset.augment and not self.draws:
@@ -177,22 +165,5 @@ def run_embedding(settings: EmbedSettings, *, samples: Samples, report: Report) 
     from raypkg.experiments.embedding import embed
     from raypkg.experiments.summary import finish
 
-    data = samples.data
-    embed(planned(settings, data, report.folder), data, settings.dataset, settings.cluster, report)
+    embed(settings, samples.data, report)
     finish(report, settings, samples)
-
-
-def planned(settings: EmbedSettings, data: Data, folder: RunFolder) -> Embedding:
-    """Return the plan of a run, with its backbone."""
-    from raypkg.experiments.embedding import Embedding
-    from raypkg.experiments.samples import augmentations
-    from raypkg.experiments.trained import named_backbone, trained_backbone
-
-    augment = augmentations(settings.dataset, data)
-    if settings.draws and not augment:
-        raise UserError(f"draws = {settings.draws}: {settings.dataset.name} has no augmentation, so all would be equal")
-    if settings.model_from:
-        backbone = trained_backbone(folder, settings.model_from, settings.dataset, data, settings.precision)
-    else:
-        backbone = named_backbone(settings.model, data, settings.precision, settings.seed)
-    return Embedding.of(backbone, data, settings.draws, settings.rows_per_part, augment, settings.seed)

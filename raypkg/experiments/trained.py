@@ -155,18 +155,13 @@ def model_and_data(folder: RunFolder) -> tuple[TrainedClassifier | LanguageModel
     return model.eval(), data, settings
 
 
-def check_has_model(folder: RunFolder) -> None:
-    """Refuse a run without a usable model: one that is not finished, trained none, or whose file was changed."""
+def settings_of_trained(folder: RunFolder, reader: str = "") -> Experiment:
+    """Return the settings that all trained runs have; a ``reader`` of gradients refuses a model of another loss."""
     if not folder.summary:
         raise UserError(f"run {folder.name!r} is not finished: it has no model yet")
     folder.check(MODEL)
     if MODEL not in folder.storage.list():
         raise UserError(f"run {folder.name!r} has no {MODEL}: it trained no model")
-
-
-def settings_of_trained(folder: RunFolder, reader: str = "") -> Experiment:
-    """Return the settings that all runs with a model have; refuse one of another loss for a ``reader`` of gradients."""
-    check_has_model(folder)
     stored = stored_settings(folder)
     if reader and (loss := stored.get("train", {}).get("loss")):
         raise UserError(f"run {folder.name} has train.loss = {loss}, {reader} goes by the cross-entropy")
@@ -176,7 +171,6 @@ def settings_of_trained(folder: RunFolder, reader: str = "") -> Experiment:
 
 def restored_model(folder: RunFolder, settings: Experiment, data: Data) -> Classifier | LanguageModel:
     """Return the model of a finished run with its weights, in their precision; refuse one whose code has changed."""
-    check_has_model(folder)
     state = load_tensors(folder.storage, MODEL)
     model = new_model(settings, data)
     try:
@@ -240,32 +234,22 @@ def first_weights(settings: RunSettings, samples: Samples, root: str) -> dict[st
     return tensors
 
 
-class Fit(NamedTuple):
-    """The tensors of one model that another one takes."""
+def fitted(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], str]:
+    """Match tensors to a model by name and shape; return those that fit, and a line about them.
 
-    taken: Mapping[str, Tensor]  # by name, those that fit
-    anew: Sequence[str]  # names that only the taking model has
-    unused: Sequence[str]  # names that only the other model has
-
-
-def fitted(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Fit:
-    """Match tensors to a model by name and shape; a head for another number of classes is drawn at random.
-
-    Refuse tensors if only a head fits, or if a shape differs elsewhere.
+    A head for another number of classes is drawn at random. Refuse tensors if only a head fits, or if a shape differs
+    elsewhere.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
-    >>> fit = fitted(model, {"0.weight": model[0].weight, "other": model[0].bias}, "a.safetensors")
-    >>> list(fit.taken), fit.anew, fit.unused
-    (['0.weight'], ['0.bias', '1.weight', '1.bias'], ['other'])
+    >>> taken, line = fitted(model, {"0.weight": model[0].weight, "other": model[0].bias}, "a.safetensors")
+    >>> list(taken), line.partition("; ")[2]
+    (['0.weight'], 'drawn anew: 0.bias, 1.weight, 1.bias; without a place here: other')
     """
     own = model.state_dict()
     shared = [name for name in own if name in tensors]
     taken = {name: tensors[name] for name in shared if tensors[name].shape == own[name].shape}
-    differing = []
-    for name in shared:
-        other_classes = name.startswith(HEAD) and own[name].shape[1:] == tensors[name].shape[1:]
-        if name not in taken and not other_classes:
-            differing.append(name)
+    resized = [name for name in shared if name not in taken]
+    differing = [n for n in resized if not n.startswith(HEAD) or own[n].shape[1:] != tensors[n].shape[1:]]
     features = [name for name in own if not name.startswith(HEAD)] or list(own)
     if set(features).isdisjoint(shared) or not (taken or differing):
         names = f"there it has {_some(list(tensors))}, here {_some(list(own))}"
@@ -274,8 +258,12 @@ def fitted(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Fit:
         name = differing[0]
         there, here = list(tensors[name].shape), list(own[name].shape)
         raise UserError(f"train.from = {source}: {name} is {there} there and {here} in this model")
-    anew = [name for name in own if name not in taken]
-    return Fit(taken, anew, unused=[name for name in tensors if name not in own])
+    line = f"first weights: {len(taken)} tensors from {source}"
+    if anew := [name for name in own if name not in taken]:
+        line += f"; drawn anew: {_some(anew)}"
+    if unused := [name for name in tensors if name not in own]:
+        line += f"; without a place here: {_some(unused)}"
+    return taken, line
 
 
 class FirstWeights(Hook):
@@ -287,18 +275,12 @@ class FirstWeights(Hook):
     def __init__(self, tensors: Mapping[str, Tensor], source: str):
         self.tensors = tensors
         self.source = source
-        self.finding = ""
 
     def on_start(self, run: Run) -> None:
         """Overwrite the weights that fit."""
-        fit = fitted(run.model, self.tensors, self.source)
-        run.model.load_state_dict(fit.taken, strict=False)
+        taken, self.finding = fitted(run.model, self.tensors, self.source)
+        run.model.load_state_dict(taken, strict=False)
         self.tensors = {}  # no longer needed
-        self.finding = f"first weights: {len(fit.taken)} tensors from {self.source}"
-        if fit.anew:
-            self.finding += f"; drawn anew: {_some(fit.anew)}"
-        if fit.unused:
-            self.finding += f"; without a place here: {_some(fit.unused)}"
 
     def results(self, run: Run) -> Results:
         """Return the line about the weights."""
@@ -307,9 +289,8 @@ class FirstWeights(Hook):
 
 def _some(names: Sequence[str]) -> str:
     """List the first names, and the number of others."""
-    more = len(names) - NAMED
-    listed = ", ".join(names[:NAMED])
-    return f"{listed} and {more} more" if more > 0 else listed or "none"
+    listed = ", ".join(names[:NAMED]) or "none"
+    return f"{listed} and {len(names) - NAMED} more" if len(names) > NAMED else listed
 
 
 # Frozen backbones: a model as it is built, or that of a finished run

@@ -62,9 +62,9 @@ class Job:
         return self.phase == MAIN
 
     @property
-    def selects(self) -> bool:
-        """Whether training selects by itself."""
-        return self.select is not None and (self.coreset is None or self.select.every_epochs > 0)
+    def reselect(self) -> Reselect | None:
+        """The selection, if training selects by itself."""
+        return self.select if self.select and (self.coreset is None or self.select.every_epochs) else None
 
     def samples_used(self, samples: Samples) -> int:
         """Return the number of samples that training begins with."""
@@ -78,10 +78,10 @@ def train_on_cluster(job: Job, samples: Samples, report: Report, workers: Worker
 
         check_schedule(job.select, job.training.epochs, given=job.coreset is not None)
     smallest_batch = min(job.training.batch_size, job.samples_used(samples))
-    if job.selects and job.select:
+    if job.reselect:
         from raypkg.coresets.budgets import budget_of
 
-        smallest_batch = min(smallest_batch, budget_of(job.select.fraction, len(samples.train_indices)))
+        smallest_batch = min(smallest_batch, budget_of(job.reselect.fraction, len(samples.train_indices)))
     workers.limit(smallest_batch)  # more workers would have nothing to do
     epochs = math.ceil(job.last or job.training.epochs)
     record = report.phase(job.phase, lambda: workers.run(train_model, job), epochs=epochs)
@@ -98,24 +98,26 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
         hooks = _hooks(worker, job, samples, closing)
         best = next((each for each in hooks if isinstance(each, BestEpoch)), None)
         averaged = next((each.within for each in hooks if isinstance(each, Average)), nullcontext)
-        own = {name: getattr(settings, name, None) for name in ("loss", "metric")}
-        functions = {name: given and imported(f"train.{name}", given) for name, given in own.items()}
+        functions = {}
+        for name in ("loss", "metric"):
+            given = getattr(settings, name, None)
+            functions[name] = given and imported(f"train.{name}", given)
         views = settings.evaluate_views if isinstance(settings, Train) else "plain"
         options: dict[str, Any] = {"precision": settings.precision, "views": views, "metric": functions["metric"]}
         if views != "plain" and samples.data.train.kind is not IMAGES:
             raise UserError(f"train.evaluate_views = {views}: the samples are no images, {views} ones do not exist")
         model = new_model(job.experiment, samples.data)
-        if job.select and job.selects:
+        if job.reselect:
             from raypkg.coresets.rules import coreset as coreset_rule
 
-            if coreset_rule[job.select.rule].sees == "gradients":
-                classifier(model, f"select.rule = {job.select.rule}")
+            if coreset_rule[job.reselect.rule].sees == "gradients":
+                classifier(model, f"select.rule = {job.reselect.rule}")
         if job.initial:
             model.load_state_dict(load_tensors(job.storage, job.initial))
         split = samples.data.train
         coreset = samples.everyone if job.coreset is None else job.coreset
         is_part = job.coreset is not None or job.experiment.dataset.only is not None
-        if is_part and not job.selects:  # the same part in all epochs
+        if is_part and not job.reselect:  # the same part in all epochs
             split = at_hand(split, coreset.indices)
         sharded = job.main and job.experiment.cluster.strategy == "fsdp"
         if sharded and worker.world == 1:
@@ -196,7 +198,7 @@ def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> li
         shards = class_shards(samples.data, split.y, indices, samples.held_out, worker.world, worker.device)
         hooks.append(Reselection(job.select, WorkerShards(shards, worker), recorder, indices, job.coreset))
 
-    named = [*job.hooks, *job.experiment.hooks] if job.main else list(job.hooks)
+    named = [*job.hooks, *(job.experiment.hooks if job.main else ())]
     names = [each.name for each in named]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"hook {repeated!r} is named twice, or is the method's own already")
@@ -228,19 +230,15 @@ def _keep(run: Run, weights: dict[str, Tensor], job: Job, samples: Samples) -> d
         if isinstance(each, Recorder):
             save_record(storage, job.result, each.record)
         left = each.results(run)
-        # The hook may be a user's.
-        kind = type(each).__name__
+        who = f"hook {type(each).__name__}"  # it may be a user's
         if not isinstance(left, Results):
-            problem = f"results() returned a {type(left).__name__}, not raypkg.engine.run.Results"
-            raise UserError(f"hook {kind}: {problem}")
+            raise UserError(f"{who}: results() returned a {type(left).__name__}, not raypkg.engine.run.Results")
         if wrong := [name for name in (*left.tables, *left.plots) if not NAME.fullmatch(name)]:
-            raise UserError(
-                f"hook {kind}: {shown(wrong[0])} cannot be the name of a file: letters, digits and . _ - only"
-            )
+            raise UserError(f"{who}: {shown(wrong[0])} cannot be the name of a file: letters, digits and . _ - only")
         try:
             json.dumps(left.facts)
         except (TypeError, ValueError) as error:
-            raise UserError(f"hook {kind}: its facts must be plain values: {error}") from None
+            raise UserError(f"{who}: its facts must be plain values: {error}") from None
         for name, table in left.tables.items():
             file = f"{name}.parquet" if job.main else f"{job.phase}_{name}.parquet"
             if file in (CORESET, SCORES, GROWING, record_of(job.result)):
@@ -326,9 +324,9 @@ class BestEpoch(Hook):
             self.waited = 0
             self.epoch = epoch
             self.score = score
-            shown = "perplexity" if by == "valid_loss" and "perplexity" in measured else by.replace("_", " ")
-            value = measured.get(shown, measured[by])
-            self.figure = f"accuracy {score:.2%}" if by == "accuracy" else f"{shown} {value:.4g}"
+            name = "perplexity" if by == "valid_loss" and "perplexity" in measured else by
+            figure = f"{measured[name]:.2%}" if name == "accuracy" else f"{measured[name]:.4g}"
+            self.figure = f"{name.replace('_', ' ')} {figure}"
             self.weights = {name: tensor.to("cpu", copy=True) for name, tensor in whole(model.state_dict()).items()}
         return self._patience is not None and self.waited >= self._patience
 
@@ -382,13 +380,9 @@ def record_of(model: str) -> str:
 def save_record(storage: Storage, model: str, record: Record) -> None:
     """Write the record of training next to the model's file."""
     never = torch.full_like(record.losses, torch.inf)  # hits or margins that were not recorded
-    columns = {
-        "loss": record.losses,
-        "forgotten": never if record.forgotten is None else record.forgotten,
-        "margin": never if record.margins is None else record.margins,
-    }
-    table = pa.table({name: values.numpy() for name, values in columns.items()})
-    storage.write_table(record_of(model), table)
+    columns = {"loss": record.losses, "forgotten": record.forgotten, "margin": record.margins}
+    table = {name: (never if values is None else values).numpy() for name, values in columns.items()}
+    storage.write_table(record_of(model), pa.table(table))
 
 
 def load_record(storage: Storage, model: str, y: Tensor) -> Record:
@@ -401,9 +395,5 @@ def load_record(storage: Storage, model: str, y: Tensor) -> Record:
     path = f"{storage.root}/{record_of(model)}"
     if len(table) != len(y):
         raise UserError(f"{path} is of a training on {len(table)} samples, this data set has {len(y)}")
-    losses = torch.tensor(column_of(table, "loss", path, pa.types.is_floating))
-    forgotten = torch.tensor(column_of(table, "forgotten", path, pa.types.is_floating))
-    margins = None
-    if "margin" in table.column_names:  # runs of earlier versions have none
-        margins = torch.tensor(column_of(table, "margin", path, pa.types.is_floating))
-    return Record(y, losses, forgotten, margins)
+    names = ["loss", "forgotten", *{"margin"}.intersection(table.column_names)]  # earlier versions kept no margins
+    return Record(y, *(torch.tensor(column_of(table, name, path, pa.types.is_floating)) for name in names))

@@ -33,9 +33,6 @@ class SparseCallback(Callback):
     Args:
         density: share of the weights that exist.
         options: further arguments of ``SparseTraining``; ``total_steps`` are by default Lightning's estimate.
-
-    Attributes:
-        sparse: the ``SparseTraining`` of the first optimiser, once training has begun.
     """
 
     def __init__(self, density: float = 0.05, **options: Any):

@@ -1,7 +1,4 @@
-"""Hugging Face's ``Trainer``: a mixin that trains on coresets, and a callback for sparse training and AGENT.
-
-``sample_losses`` serves loops of one's own and Lightning as well.
-"""
+"""Hugging Face's ``Trainer``: a mixin that trains on coresets, and a callback for sparse training and AGENT."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -33,7 +33,7 @@ from .study import AFTER, DONE, Study, TrialRun, Values
 from .tables import Table
 
 if TYPE_CHECKING:  # it imports Ray, which a mistake in the settings need not wait for
-    from raypkg.cluster.capacity import TrialSize
+    from raypkg.cluster.capacity import Plan
 
 Trials = Sequence[tuple[int, Values]]  # numbers and settings
 EVALUATE = "train.evaluate_every_epochs"  # 1 unless given: schedulers compare trials epoch by epoch
@@ -75,7 +75,7 @@ class Driver:
                     place = f"{row}; {case}" if len(table.cases) > 1 else row
                     place += f"; rate {rate:g}" if rate else ""
                     self.titles.setdefault(number, f"{place}; seed {seed}")
-        self.size: TrialSize | None = None  # None: the trials run in this process, one after another
+        self.size: Plan | None = None  # None: the trials run in this process, one after another
         if (not table or settings.cluster.workers != 0) and self.left():
             import torch
 
@@ -146,7 +146,7 @@ class Driver:
         done = len(self.titles or study.trials) - len(waiting)
         line = f"{study.name}: {count} trials of {study.experiment} to run, {done} done"
         if self.size:
-            workers = self.size.workers
+            workers = self.size.of_a_trial
             each = f"{workers} workers each, by Ray Train" if workers else "one process each"
             line += f"; {each}, {self.size.at_once} at once"
         self.console.print(line)
@@ -159,8 +159,7 @@ class Driver:
                 self.ended(number, last.get("error"))
             return False
 
-        from raypkg.cluster.search import Proposals, constants, optuna
-        from raypkg.cluster.trials import SCHEDULERS, run_trials
+        from raypkg.cluster.trials import SCHEDULERS, Proposals, constants, optuna, run_trials
 
         order = study.order
         if self.table:
@@ -175,7 +174,7 @@ class Driver:
             proposals = Proposals(waiting, searcher, further, constants(self.domains))
         longest = longest_of(self.settings, self.domains, [values for _, values in waiting])
         interrupted = run_trials(
-            partial(run_trial, root=study.storage.root, workers=self.size.workers),
+            partial(run_trial, root=study.storage.root, workers=self.size.of_a_trial),
             proposals,
             self.size,
             started=study.started,
@@ -212,7 +211,7 @@ def donors_first(trials: Trials, stages: Sequence[Stage]) -> Trials:
 
 def longest_of(settings: Experiment, domains: Mapping[str, Any], known: Sequence[Values]) -> int:
     """Return the epochs of the longest trial, among the known ones and those that the domains allow."""
-    from raypkg.cluster.search import candidates, draw_settings
+    from raypkg.cluster.trials import candidates, draw_settings
 
     def epochs(values: Values) -> int:
         return varied(settings, values).epochs

@@ -44,7 +44,7 @@ def open_space(name: str) -> Space:
 def read_space(text: str, origin: str) -> Space:
     """Run a space's file; refuse one that raises, that lacks a name, or from which nothing can be drawn."""
     prepare()  # before a space, or the next line, imports Ray Tune
-    from raypkg.cluster.search import candidates, draw_settings
+    from raypkg.cluster.trials import candidates, draw_settings
 
     needed = {name: name for name in ("space", "METRIC", "MODE")}
     content, metric, mode = run_code("space", text, origin, needed)
@@ -65,7 +65,7 @@ def check_space(space: Space, check: Callable[[Values], None]) -> None:
 
     Each choice and both ends of each range are checked, with the first values of the other settings.
     """
-    from raypkg.cluster.search import candidates, constants
+    from raypkg.cluster.trials import candidates, constants
 
     choices = {name: candidates(domain) for name, domain in space.domains.items()}
     first = {name: values[0] for name, values in choices.items() if values}
@@ -87,7 +87,7 @@ def check_space(space: Space, check: Callable[[Values], None]) -> None:
 
 def trials_of(order: Order, space: Space, settings: Experiment) -> list[Values]:
     """Draw distinct settings of the trials that are known beforehand; a small space may have fewer."""
-    from raypkg.cluster.search import draw_settings, grid, optuna
+    from raypkg.cluster.trials import draw_settings, grid, optuna
 
     if order.search == "grid":
         return list(grid(space.domains))

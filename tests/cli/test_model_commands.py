@@ -46,7 +46,7 @@ def test_metrics_are_those_of_their_definitions():
     assert found.calibration == pytest.approx(float(error))
     low, high = found.interval
     for edge in (low, high):  # Wilson: the shares whose distance from the observed one is 1.96 of their deviations
-        assert abs(found.accuracy - edge) == pytest.approx(1.96 * (edge * (1 - edge) / 200) ** 0.5)
+        assert abs(found.accuracy - edge) == pytest.approx(1.96 * (edge * (1 - edge) / 200) ** 0.5, rel=1e-4)
 
 
 def test_evaluate_agrees_with_the_run_and_stores_predictions(effray, refusal):

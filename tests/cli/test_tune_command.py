@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ray import tune
 
-from raypkg.cluster.search import Proposals, candidates, constants, draw_settings, grid, optuna
+from raypkg.cluster.trials import Proposals, candidates, constants, draw_settings, grid, optuna
 from raypkg.core.errors import UserError
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.methods.sparse.settings import SparseSettings

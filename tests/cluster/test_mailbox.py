@@ -1,10 +1,11 @@
 """What passes between driver and workers: all of it arrives, or the run says that it did not."""
 
+import threading
 from queue import SimpleQueue
 
 import pytest
 
-from raypkg.cluster.mailbox import LOST, open_mailbox, start_delivery
+from raypkg.cluster.workers import LOST, deliver, open_mailbox
 from raypkg.core.errors import Interruption, UserError
 
 
@@ -13,19 +14,21 @@ def mailbox(ray):
     return open_mailbox()
 
 
-def deliver(mailbox, report):
+def delivered(mailbox, report):
     outcomes = SimpleQueue()
-    return start_delivery(mailbox, report, outcomes), outcomes
+    thread = threading.Thread(target=deliver, args=(mailbox, report, outcomes), daemon=True)
+    thread.start()
+    return thread, outcomes
 
 
 def test_rows_arrive_before_the_answer_and_errors_end_it(ray, mailbox):
     rows = []
-    delivery, outcomes = deliver(mailbox, rows.append)
-    ray.get(mailbox.put.remote({"epoch": 1}))
-    mailbox.answer.remote({"loss": 0.5})
+    delivery, outcomes = delivered(mailbox, rows.append)
+    ray.get(mailbox.put.remote("row", {"epoch": 1}))
+    mailbox.put.remote("answer", {"loss": 0.5})
     assert outcomes.get(timeout=60) == {"loss": 0.5}
     assert rows == [{"epoch": 1}]
-    mailbox.fail.remote("this is wrong")
+    mailbox.put.remote("error", "this is wrong")
     error = outcomes.get(timeout=60)
     assert isinstance(error, UserError) and str(error) == "this is wrong"
     delivery.join()
@@ -35,7 +38,7 @@ def test_a_restarted_worker_goes_on_with_the_task_without_an_answer(ray, mailbox
     for name in ("first", "second"):
         ray.get(mailbox.assign.remote([ray.put(name)]))
     assert ray.get(mailbox.next.remote()) == 0
-    ray.get(mailbox.answer.remote(None))
+    ray.get(mailbox.put.remote("answer", None))
     number = ray.get(mailbox.next.remote())
     (task,) = ray.get(mailbox.task.remote(number))
     assert ray.get(task) == "second"
@@ -46,7 +49,7 @@ def test_a_restarted_worker_goes_on_with_the_task_without_an_answer(ray, mailbox
 
 
 def test_a_mailbox_that_died_interrupts_the_run(ray, mailbox):
-    _, outcomes = deliver(mailbox, print)
+    _, outcomes = delivered(mailbox, print)
     ray.kill(mailbox)
     error = outcomes.get(timeout=60)
     assert isinstance(error, Interruption) and str(error) == LOST
@@ -56,6 +59,6 @@ def test_what_keeping_a_row_raises_reaches_the_driver(mailbox):
     def full(row):
         raise OSError("no space left on device")
 
-    _, outcomes = deliver(mailbox, full)
-    mailbox.put.remote({"epoch": 1})
+    _, outcomes = delivered(mailbox, full)
+    mailbox.put.remote("row", {"epoch": 1})
     assert isinstance(outcomes.get(timeout=60), OSError)

@@ -18,8 +18,8 @@ from safetensors.numpy import load
 
 import samples
 from ray_runs import wait_for
-from raypkg.cluster.mailbox import open_mailbox
 from raypkg.cluster.session import prepare
+from raypkg.cluster.workers import open_mailbox
 from raypkg.core.address import opened
 from raypkg.data import load_data
 from raypkg.runs.storage import Storage
