@@ -80,8 +80,7 @@ def show(run: str, root: str, against: str | None, form: str | None) -> None:
         effray lipt --name first && effray show first
     """
     from raypkg.runs.catalog import locate
-    from raypkg.runs.document import terminal
-    from raypkg.runs.show import show_run
+    from raypkg.runs.document import show_run, terminal
     from raypkg.studies.show import show_resumption, show_study, written
     from raypkg.studies.study import Study, is_study
 

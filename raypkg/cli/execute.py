@@ -21,10 +21,9 @@ from raypkg.experiments.resolve import resolve, selection_of, stored_settings
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.train import EmbedSettings, SelectSettings
 from raypkg.runs.catalog import DONE, GOING, STATES, ago, find, resuming, state_of
-from raypkg.runs.document import Grid, terminal
+from raypkg.runs.document import Grid, show_run, terminal
 from raypkg.runs.folder import RunFolder, check_new, create
 from raypkg.runs.report import Stage
-from raypkg.runs.show import show_run
 from raypkg.runs.storage import Storage
 from raypkg.studies.study import study_around
 

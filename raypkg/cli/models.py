@@ -128,8 +128,7 @@ def diff(run: str, other: str, root: str) -> None:
     from raypkg.core.settings import APART
     from raypkg.experiments.prediction import pair_runs
     from raypkg.runs.catalog import locate
-    from raypkg.runs.document import Grid
-    from raypkg.runs.show import COLUMNS
+    from raypkg.runs.document import COLUMNS, Grid
 
     runs = [locate(root, name, having=SUMMARY) for name in (run, other)]
     for each in runs:

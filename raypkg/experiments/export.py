@@ -29,8 +29,8 @@ from raypkg.engine.batches import dtype_of
 from raypkg.models import outline
 from raypkg.models.classifier import last_linear
 from raypkg.models.hugging_face import quiet
+from raypkg.runs.document import cost_grid, findings
 from raypkg.runs.folder import MODEL, RunFolder
-from raypkg.runs.show import cost_grid, findings
 
 from . import experiment, export_format
 from .trained import TrainedClassifier, model_and_data

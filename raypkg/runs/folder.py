@@ -1,10 +1,6 @@
-"""The run folder: settings at the start, metrics while it runs, results by phase, the manifest last.
+"""The run folder: settings at the start, metrics while it runs, results by phase, the manifest last; see README.md.
 
-    <root>/<experiment>/<name>/  config.toml  environment.json  metrics.parquet  phases/*.json  coreset.parquet
-                                 model.safetensors  checkpoints/  plots/*.png  summary.json
-
-``summary.json``, the manifest, is written last: a run with one is done. The manifest and the records of phases contain
-checksums that detect lost or changed result files.
+The manifest and the records of phases have checksums that detect lost or changed result files.
 """
 
 import json

@@ -122,7 +122,7 @@ class Report:
         self._progress.stop()
         self.folder.flush()
         if error and self._tracker:
-            self._tracker.abandon()
+            self._tracker.finish(None)
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Take a row of metrics from a worker. A row that is known from before a restart is only counted.
@@ -169,10 +169,7 @@ class Report:
     def _status(
         self, row: Mapping[str, Any], bill: Mapping[str, Any], task: progress.Task, rows: list[dict[str, Any]]
     ) -> str:
-        """Return the model and its epoch, if there are several models, then throughput, loss and held-out figures.
-
-        Of waiting for data, the share of the time is shown from 1 % on.
-        """
+        """Return the model and its epoch, if there are several models, then throughput, loss and held-out figures."""
         parts = []
         models, model = task.fields["models"], row.get("model")
         if model is not None and models > 1:

@@ -51,10 +51,13 @@ class Wandb:
         """Log the numbers of a row of metrics."""
         self._run.log(_numbers(row))
 
-    def finish(self, summary: Mapping[str, Any]) -> str:
-        """Log the manifest, the plots and the coreset, and close; return a line for the user, or an empty string."""
+    def finish(self, summary: Mapping[str, Any] | None) -> str:
+        """Log the manifest, the plots and the coreset, and close; return a line for the user. None = the run failed."""
         import wandb
 
+        if summary is None:
+            self._run.finish(exit_code=1)
+            return ""
         self._run.summary.update(dict(summary))
         if local := self._folder.storage.local:  # W&B uploads local files only
             plots = sorted(local.glob("plots/*.png"))
@@ -69,10 +72,6 @@ class Wandb:
         if directory.name.startswith("offline-"):
             return f"W&B run is offline; send it with: wandb sync {directory}"
         return ""
-
-    def abandon(self) -> None:
-        """Close as failed; nothing more is written."""
-        self._run.finish(exit_code=1)
 
 
 def wandb_settings(track: Track) -> "wandb.Settings":
@@ -122,15 +121,11 @@ class TensorBoard:
         for name, value in _numbers(row).items():
             self._writer.add_scalar(name, value, row.get("epoch", 0))
 
-    def finish(self, summary: Mapping[str, Any]) -> str:
-        """Log the numbers of the manifest and close; return the command that shows them."""
-        self.log({**summary, "phase": "summary"})
-        self.abandon()
-        return f"TensorBoard: tensorboard --logdir {self._files}"
-
-    def abandon(self) -> None:
-        """Close the files."""
+    def finish(self, summary: Mapping[str, Any] | None) -> str:
+        """Log the numbers of the manifest and close; return the command that shows them. None = the run failed."""
+        self.log({**(summary or {}), "phase": "summary"})
         self._writer.close()
+        return f"TensorBoard: tensorboard --logdir {self._files}"
 
 
 Tracker = Wandb | TensorBoard

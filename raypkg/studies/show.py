@@ -19,10 +19,9 @@ from raypkg.core.config import dotted, parse_toml
 from raypkg.core.errors import UserError, redacted
 from raypkg.runs import ROOT
 from raypkg.runs.catalog import GOING, STATES, is_study, resuming, state_of
-from raypkg.runs.document import Grid, document, link, paragraph, picture, terminal
+from raypkg.runs.document import Grid, cost_grid, document, findings, link, paragraph, picture, tables, terminal
 from raypkg.runs.folder import CONFIG, ENVIRONMENT, Environment, RunFolder, environment
 from raypkg.runs.plots import duration, in_full, save_plot, short
-from raypkg.runs.show import cost_grid, findings, tables
 from raypkg.runs.storage import Storage
 
 from . import plots

@@ -1,8 +1,4 @@
-"""The start of a study, and its resumption: everything is checked before a trial runs.
-
-``effray tune`` draws the trials from a space. ``effray compare`` takes the rows of a table, each in every case and from
-every seed.
-"""
+"""The start of a study, by a space or a table, and its resumption: everything is checked before a trial runs."""
 
 from __future__ import annotations
 
