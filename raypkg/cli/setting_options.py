@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from raypkg.core.config import Settings, alternatives, current_name, is_list, le
 from raypkg.core.errors import UserError, shown
 from raypkg.core.presets import presets_of
 from raypkg.core.registry import Entry
-from raypkg.core.settings import APART
+from raypkg.core.settings import APART, RunSettings
 from raypkg.experiments import settings_of
 
 from .options import PLACE, TRUST, ExampleHelp
+
+# A command's work: own options, file of settings, given settings, name, root
+Run = Callable[[dict[str, Any], Path | None, dict[str, Any], str | None, str], None]
 
 
 class SettingsCommand(ExampleHelp):
@@ -61,41 +64,23 @@ def experiment_command(entry: Entry) -> click.Command:
     """
     schema = settings_of(entry)
 
-    def callback(
-        config: Path | None,
-        pairs: tuple[str, ...],
-        label: str | None,
-        resume: str | None,
-        root: str,
-        dry: bool,
-        **given: Any,
-    ) -> None:
+    def run(own: dict[str, Any], config: Path | None, values: dict[str, Any], name: str | None, root: str) -> None:
         from raypkg.experiments.resolve import with_run
 
         from .execute import dry_run, execute, resume_run
 
-        values = overrides(schema, given, pairs)
-        if resume is not None and not dry:
-            resume_run(entry, resume, values, root, refused={"--config": config, "--name": label})
+        resume = own["resume"]
+        if resume is not None and not own["dry"]:
+            resume_run(entry, resume, values, root, refused={"--config": config, "--name": name})
             return
         base, values = with_run(schema, read_toml(config) if config else {}, values, root)
-        if dry:
-            dry_run(entry, base, values, label, root, resume)
+        if own["dry"]:
+            dry_run(entry, base, values, name, root, resume)
         else:
-            execute(entry, base, values, label, root)
+            execute(entry, base, values, name, root)
 
-    command = SettingsCommand(
-        entry.name,
-        schema=schema,
-        callback=callback,
-        help=entry.text,
-        params=[
-            *([click.Argument([schema.argument], metavar="RUN", required=False)] if schema.argument else []),
-            *run_options("run", "data, model and time"),
-            click.Option(["--dry-run", "dry"], is_flag=True, help="print the settings and the plan, and start nothing"),
-            *setting_options(schema),
-        ],
-    )
+    dry = click.Option(["--dry-run", "dry"], is_flag=True, help="print the settings and the plan, and start nothing")
+    command = settings_command(entry.name, schema, run, entry.text, [dry], "run", "data, model and time")
     module = f"{__package__}.{entry.name}"
     if not importlib.util.find_spec(module):
         return command
@@ -103,16 +88,34 @@ def experiment_command(entry: Entry) -> click.Command:
     return Family(entry.name, [command, *importlib.import_module(module).COMMANDS], help=command.help)
 
 
-def run_options(of: str, default_name: str) -> list[click.Option]:
-    """Return the options that commands on runs and on studies have."""
-    return [
+def settings_command(
+    name: str,
+    schema: type[RunSettings],
+    run: Run,
+    text: str,
+    options: Sequence[click.Option],
+    of: str,
+    default_name: str,
+) -> click.Command:
+    """Make a command on runs or studies, with its own options and those that all have; ``text`` is the help.
+
+    ``run`` receives its own options and ``resume``, the file of settings, the given settings, the name and the root.
+    """
+    resuming = click.Option(["--resume"], metavar="NAME", help=f"resume an interrupted {of}")
+    own = [*options, resuming]
+
+    def callback(config: Path | None, pairs: tuple[str, ...], label: str | None, root: str, **given: Any) -> None:
+        asked = {option.name or "": given.pop(option.name or "") for option in own}
+        run(asked, config, overrides(schema, given, pairs), label, root)
+
+    argument = [click.Argument([schema.argument], metavar="RUN", required=False)] if schema.argument else []
+    common = [
         click.Option(["--config"], metavar="FILE", type=Path, help="settings in TOML; options override it"),
         click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
         click.Option(["--name", "label"], help=f"name of the {of} (default: generated from {default_name})"),
-        click.Option(["--resume"], metavar="NAME", help=f"resume an interrupted {of}"),
-        PLACE,
-        TRUST,
     ]
+    params = [*argument, *options, *common, resuming, PLACE, TRUST, *setting_options(schema)]
+    return SettingsCommand(name, schema=schema, callback=callback, help=text, params=params)
 
 
 def setting_options(schema: type[Settings]) -> Iterator[click.Option]:

@@ -14,7 +14,6 @@ from raypkg.experiments import experiment, settings_of
 
 from .options import PLACE, TRUST, Catalogue, ExampleHelp, confirmed, say
 
-COMPARE_OPTIONS = ("rows", "cases", "seeds", "scale", "goal", "rates")
 MOST_UNASKED = 100  # trials of a comparison that start without asking
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 TUNE_HELP = """Sweep settings of: {title}
@@ -58,12 +57,11 @@ def _seconds_of(text: str) -> float:
 
 
 def _tune_command(name: str) -> click.Command:
-    from .setting_options import SettingsCommand, overrides, run_options, setting_options
+    from .setting_options import settings_command
 
     if name not in _experiments():
         raise unknown("experiment to tune", name, _experiments())
     entry = experiment[name]
-    schema = settings_of(entry)
     options = [
         click.Option(["--space"], metavar="FILE|NAME", help=f"what to vary (default: {name})"),
         click.Option(["--samples"], type=int, help="trials (default: 8; of a grid, all)"),
@@ -79,27 +77,19 @@ def _tune_command(name: str) -> click.Command:
         CONCURRENT,
     ]
 
-    def callback(
-        config: Path | None, pairs: tuple[str, ...], label: str | None, resume: str | None, root: str, **given: Any
-    ) -> None:
+    def run(own: dict[str, Any], config: Path | None, values: dict[str, Any], label: str | None, root: str) -> None:
         from raypkg.studies.start import resume_study, start_sweep
 
-        asked = {option.name: given.pop(option.name) for option in options if option.name}
-        asked = {option: value for option, value in asked.items() if value is not None}
-        values = overrides(schema, given, pairs)
+        resume = own.pop("resume")
+        asked = {option: value for option, value in own.items() if value is not None}
         if resume is None:
             start_sweep(entry, asked, config, values, label, root)
         else:
             fixed = {option: value for option, value in (("config", config), ("name", label)) if value is not None}
             resume_study(resume, f"effray tune {name}", {**fixed, **asked}, values, root)
 
-    return SettingsCommand(
-        name,
-        schema=schema,
-        callback=callback,
-        help=TUNE_HELP.format(title=entry.help, name=name),
-        params=[*options, *run_options("sweep", "experiment and time"), *setting_options(schema)],
-    )
+    text = TUNE_HELP.format(title=entry.help, name=name)
+    return settings_command(name, settings_of(entry), run, text, options, "sweep", "experiment and time")
 
 
 @click.group(cls=Catalogue, names=_experiments, make=_tune_command)
@@ -154,19 +144,15 @@ def _goal_of(text: str) -> tuple[str, str]:
 def _compare_command(name: str) -> click.Command:
     from raypkg.studies.tables import SCALES, VERDICTS, narrowed, open_table
 
-    from .setting_options import SettingsCommand, overrides, run_options, setting_options
+    from .setting_options import settings_command
 
     table = open_table(name)
-    schema = settings_of(experiment[table.experiment])
 
-    def callback(
-        config: Path | None, pairs: tuple[str, ...], label: str | None, resume: str | None, root: str, **given: Any
-    ) -> None:
+    def run(own: dict[str, Any], config: Path | None, values: dict[str, Any], label: str | None, root: str) -> None:
         from raypkg.studies.start import plan, resume_study, start_comparison
 
-        asked = {option: given.pop(option) for option in COMPARE_OPTIONS}
-        concurrent, expected, dry = (given.pop(name) for name in ("concurrent", "expect", "dry"))
-        rate, yes = given.pop("rate"), given.pop("yes")
+        resume, concurrent, expected, dry = (own.pop(name) for name in ("resume", "concurrent", "expect", "dry"))
+        rate, yes = own.pop("rate"), own.pop("yes")
 
         def check(verdicts: list[str]) -> None:
             others = [word for word in verdicts if word != expected]
@@ -176,17 +162,16 @@ def _compare_command(name: str) -> click.Command:
 
         if rate and not dry:
             raise UserError(f"--rate {rate:g} does nothing without --dry-run")
-        values = overrides(schema, given, pairs)
         if resume is not None:
-            every = {"config": config, "name": label, "dry_run": dry or None, "concurrent": concurrent, **asked}
+            every = {"config": config, "name": label, "dry_run": dry or None, "concurrent": concurrent, **own}
             changed = {option: value for option, value in every.items() if value not in (None, ())}
             check(resume_study(resume, f"effray compare {name}", changed, values, root))
             return
-        scale = SCALES[0] if asked["scale"] is None else asked["scale"]
-        rows, cases = ([*chain(*asked[part])] or None for part in ("rows", "cases"))
-        chosen = narrowed(open_table(name, scale), rows, cases, asked["seeds"])
-        goals = {metric: [value for name, value in asked["goal"] if name == metric] for metric, _ in asked["goal"]}
-        chosen = chosen.changed(goals=goals or chosen.goals, rates=asked["rates"] or chosen.rates)
+        scale = SCALES[0] if own["scale"] is None else own["scale"]
+        rows, cases = ([*chain(*own[part])] or None for part in ("rows", "cases"))
+        chosen = narrowed(open_table(name, scale), rows, cases, own["seeds"])
+        goals = {metric: [value for name, value in own["goal"] if name == metric] for metric, _ in own["goal"]}
+        chosen = chosen.changed(goals=goals or chosen.goals, rates=own["rates"] or chosen.rates)
         if dry:
             for line in plan(chosen, config, values, rate):
                 say(line)
@@ -217,27 +202,18 @@ def _compare_command(name: str) -> click.Command:
         click.Option(
             ["--goal"], type=_goal_of, multiple=True, metavar="METRIC=VALUE", help="report the cost of reaching it"
         ),
+        CONCURRENT,
     ]
-    options += [CONCURRENT, *run_options("comparison", "table, data set and scale")]
     # Labels are quoted as a shell takes them: most have blanks and semicolons.
     rows, cases = (", ".join(f"'{label}'" for label in labels) for labels in (table.rows, table.cases))
     others = [row for row in table.rows if row not in (table.baseline, *table.as_baseline)]
     part = f"--rows '{(others or [table.baseline])[0]}'"
     part += f" --cases '{next(iter(table.cases))}'" if len(table.cases) > 1 else ""
     part += " --dataset text:path/to/texts" if table.shared.get("model.name") == "transformer" else " --dataset digits"
-    return SettingsCommand(
-        name,
-        schema=schema,
-        callback=callback,
-        help=COMPARE_HELP.format(
-            title=table.title,
-            rows=rows,
-            cases=f" Cases: {cases}." if len(table.cases) > 1 else "",
-            name=name,
-            part=part,
-        ),
-        params=[*options, *setting_options(schema)],
-    )
+    cases = f" Cases: {cases}." if len(table.cases) > 1 else ""
+    text = COMPARE_HELP.format(title=table.title, rows=rows, cases=cases, name=name, part=part)
+    schema = settings_of(experiment[table.experiment])
+    return settings_command(name, schema, run, text, options, "comparison", "table, data set and scale")
 
 
 @click.group("compare", cls=Catalogue, names=_tables, make=_compare_command)
