@@ -16,10 +16,9 @@ from raypkg.core.settings import Training
 from raypkg.data.kinds import TEXTS
 from raypkg.data.split import Split
 from raypkg.engine import loop
-from raypkg.engine.device import CUBLAS, TRACE, TRACED, arithmetic, peak_of, training_flops
-from raypkg.engine.loop import fit
+from raypkg.engine.loop import TRACE, TRACED, fit, training_flops
 from raypkg.engine.run import Hook, Run
-from raypkg.engine.worker import Worker
+from raypkg.engine.worker import CUBLAS, Worker, arithmetic, peak_of
 from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.samples import open_samples
 from raypkg.experiments.training import Job, train_model

@@ -13,10 +13,9 @@ from raypkg.data.augment import compose
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.batches import MOST_AHEAD, dtype_of, plain_batches, to_device, training_batch
-from raypkg.engine.device import computes_bfloat16, peak_of
 from raypkg.engine.loop import autocast, evaluate, fit
 from raypkg.engine.run import Run
-from raypkg.engine.worker import Worker
+from raypkg.engine.worker import Worker, computes_bfloat16, peak_of
 from raypkg.experiments.training import synchronised
 from raypkg.models import build_model
 

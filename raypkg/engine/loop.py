@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.profiler import ProfilerActivity, profile
 
 from raypkg.core.errors import UserError, described, shown
 from raypkg.core.seeds import seeded
@@ -20,14 +24,16 @@ from raypkg.core.settings import whole_steps
 from raypkg.data.kinds import IMAGES
 from raypkg.data.split import Split
 from raypkg.models.classifier import Answered
+from raypkg.models.operations import forward_flops
 
 from .batches import Batch, dtype_of, plain_batches, slice_of
-from .device import arithmetic, computes_bfloat16, peak_of, traced, training_flops
 from .run import Run, Seen, build_optimizer, learning_rate
-from .worker import Cost, Worker, whole
+from .worker import Cost, Worker, arithmetic, computes_bfloat16, peak_of, whole
 
 MOST_NATS = 700.0  # e to a larger loss is beyond float64
 QUIET = 15.0  # seconds within an epoch without a report of its steps
+TRACE = "trace.json.gz"
+TRACED = 10  # steps
 VIEWS = {"plain": 1, "mirrored": 2, "shifted": 6}  # forward passes of an image in an evaluation
 
 
@@ -150,6 +156,34 @@ def train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
         metrics["gradient_norm"] = norm.mean().item()
         metrics["clipped"] = (norm > settings.clip).double().mean().item()
     return metrics
+
+
+def training_flops(model: nn.Module, split: Split) -> float:
+    """Return the operations of training per number of its input: those of the forward and of the backward pass.
+
+    The gradients of the inputs cost a forward pass, those of trained weights another one (arXiv:2204.02311, appendix
+    B). The numbers are those of a sample of the longest kind: shorter texts cost in proportion.
+
+    >>> split = Split.from_tensors(torch.arange(12.0).view(6, 2), torch.arange(6) % 2)
+    >>> training_flops(nn.Linear(2, 2), split)
+    12.0
+    """
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    counts = forward_flops(model, split.shape)
+    total = sum(count * (2 if name in frozen else 3) for name, count in counts.items())
+    return total / split.kind.example(1, split.shape).numel()
+
+
+def traced(batches: Iterator[Batch], device: torch.device, store: Callable[[bytes], None]) -> Iterator[Batch]:
+    """Yield batches; ``store`` receives PyTorch's trace of the first steps, a compressed file for Chrome's viewer."""
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
+    with tempfile.TemporaryDirectory() as folder:
+        with profile(activities=activities) as trace:
+            yield from islice(batches, TRACED)
+        path = Path(folder, TRACE)
+        trace.export_chrome_trace(str(path))
+        store(path.read_bytes())
+    yield from batches
 
 
 def train_step(run: Run, model: nn.Module, batch: Batch) -> Tensor:

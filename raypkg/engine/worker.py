@@ -1,8 +1,12 @@
-"""A worker: its rank, its device, collectives with the other workers, its memory, and the bills of its work."""
+"""A worker: its rank, its device, collectives with the other workers, its memory, and the bills of its work.
+
+A device has modes of arithmetic, which a run restores, and a peak throughput.
+"""
 
 import ctypes
 import math
 import os
+import re
 import resource
 import threading
 import time
@@ -23,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raypkg.core.errors import UserError
 from raypkg.core.memory import machine_memory
+from raypkg.core.settings import Training
 from raypkg.models.checkpointing import blocks_of
 
 Row = Mapping[str, Any]  # one line of metrics: phase, epoch, loss, …
@@ -36,6 +41,19 @@ _running = threading.local()
 # Fields of which a joint bill has the largest value, for work in parallel and in turn; of the others it has the sum.
 LARGEST_IN_TURN = ("memory", "device_memory", "peak")
 LARGEST_IN_PARALLEL = (*LARGEST_IN_TURN, "seconds", "waited", "sent")
+# 10¹² operations a second of dense products, by NVIDIA's data sheets: bfloat16, TF32, float32, float64. A name
+# precedes those that it contains. Other devices, such as parts of a GPU (MIG), are unknown.
+PEAKS = {
+    r"H100 PCIe": (756, 378, 51, 51),
+    r"H[12]00 NVL": (835, 417, 60, 60),
+    r"H[12]00": (989, 494, 67, 67),
+    r"A100": (312, 156, 19.5, 19.5),
+    r"A10": (125, 62.5, 31.2, 0),
+    r"L40S": (362, 183, 91.6, 0),
+    r"L4": (121, 60, 30.3, 0),
+}
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+WORKSPACE = ":4096:8"  # with a workspace per stream cuBLAS sums in one order
 
 
 @dataclass(frozen=True)
@@ -123,6 +141,72 @@ def share_of(target: Tensor, value: Tensor) -> Tensor:
 
     assert isinstance(target, DTensor)
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Return True if the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def peak_of(device: torch.device, settings: Training) -> float:
+    """Return a device's peak, operations a second in the precision of the settings; 0 if it is unknown.
+
+    >>> peak_of(torch.device("cpu"), Training())
+    0.0
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peaks = next((peaks for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+    if peaks is None or "MIG" in name:
+        return 0.0
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bfloat16" if computes_bfloat16(device) else "float32"
+    kind = "tf32" if settings.tf32 else precision
+    return 1e12 * peaks[("bfloat16", "tf32", "float32", "float64").index(kind)]
+
+
+@contextmanager
+def arithmetic(settings: Training, device: torch.device, *, fixed_shapes: bool) -> Iterator[None]:
+    """Compute in the modes of the settings inside the block; restore those of the process.
+
+    Raises:
+        UserError: TF32 without a GPU that has it, or an operation without a deterministic form.
+    """
+    deterministic = settings.deterministic
+    if settings.tf32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise UserError(f"train.tf32 = true: {device.type} has no TF32, a GPU of compute capability 8.0 or more has")
+    cudnn = torch.backends.cudnn
+    modes = [
+        (torch.backends.cuda.matmul, "allow_tf32", settings.tf32),
+        (cudnn, "allow_tf32", settings.tf32),
+        (cudnn, "deterministic", deterministic),
+        (cudnn, "benchmark", fixed_shapes and not deterministic),  # the fastest algorithm for each shape, by trials
+    ]
+    modes = modes if device.type == "cuda" else []
+    before = [getattr(place, name) for place, name, _ in modes]
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get(CUBLAS)
+    try:
+        for place, name, value in modes:
+            setattr(place, name, value)
+        if deterministic:
+            os.environ.setdefault(CUBLAS, WORKSPACE)
+            torch.use_deterministic_algorithms(True)
+        yield
+    except RuntimeError as error:  # PyTorch has no type for it
+        if deterministic and "determinis" in str(error):
+            raise UserError(f"train.deterministic = true: {str(error).partition('. ')[0]}") from error
+        raise
+    finally:
+        for (place, name, _), value in zip(modes, before, strict=True):
+            setattr(place, name, value)
+        if deterministic:  # PyTorch imports its compiler to change the mode
+            torch.use_deterministic_algorithms(was_deterministic, warn_only=only_warns)
+            if workspace is None:
+                os.environ.pop(CUBLAS)
 
 
 @contextmanager

@@ -22,8 +22,7 @@ from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import IMAGES
 from raypkg.data.split import at_hand
 from raypkg.engine.batches import dtype_of
-from raypkg.engine.device import TRACE
-from raypkg.engine.loop import evaluate, fit
+from raypkg.engine.loop import TRACE, evaluate, fit
 from raypkg.engine.run import Hook, Results, Run, hook
 from raypkg.engine.worker import Cost, Worker, whole
 from raypkg.models.classifier import classifier
