@@ -20,8 +20,8 @@ from raypkg import CoresetLoader, CrestLoader, lipt
 from raypkg.core.settings import Reselect, Training
 from raypkg.coresets.budgets import select
 from raypkg.coresets.record import Recorder
-from raypkg.coresets.reselection import Reselection
 from raypkg.coresets.rules import coreset
+from raypkg.coresets.sharded import Reselection
 from raypkg.data import Data
 from raypkg.data.augment import compose
 from raypkg.data.coreset import Coreset

@@ -15,8 +15,8 @@ from raypkg.coresets.budgets import select
 from raypkg.coresets.gradients import head_view
 from raypkg.coresets.loader import CoresetLoader
 from raypkg.coresets.record import Record, Recorder
-from raypkg.coresets.reselection import Reselection, check_schedule
 from raypkg.coresets.rules import coreset
+from raypkg.coresets.sharded import Reselection, check_schedule
 from raypkg.data import Data
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split

@@ -13,9 +13,8 @@ from raypkg.core.settings import Reselect, Select
 from raypkg.coresets.budgets import select
 from raypkg.coresets.gradients import HeadView, head_view
 from raypkg.coresets.record import Record
-from raypkg.coresets.reselection import check_schedule
 from raypkg.coresets.rules import coreset
-from raypkg.coresets.sharded import LiveModel, select_coreset, target_of
+from raypkg.coresets.sharded import LiveModel, check_schedule, select_coreset, target_of
 from raypkg.data import Data, load_data
 from raypkg.data.split import Split
 from raypkg.engine.batches import plain_batches

@@ -189,7 +189,7 @@ def dry_run(
 
 def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[Stage], storage: Storage) -> None:
     """Refuse what an experiment refuses once it knows the samples."""
-    from raypkg.coresets.reselection import check_selects_once
+    from raypkg.coresets.sharded import check_selects_once
     from raypkg.experiments.coreset_files import load_coreset
     from raypkg.experiments.selection import check_target_samples, trained_models
     from raypkg.experiments.trained import first_weights

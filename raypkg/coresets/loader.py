@@ -36,8 +36,8 @@ from .batches import (
 from .budgets import budget_of, select
 from .gradients import HeadView, gradient_norms, head_view
 from .record import Record, Rows, margins_of
-from .reselection import check_schedule, idle_target
 from .rules import coreset
+from .sharded import check_schedule, idle_target
 
 LOADING = (
     "collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",

@@ -51,7 +51,7 @@ class TrainSettings(Experiment):
         select = self.select
         if select is None:
             return
-        from raypkg.coresets.reselection import check_schedule
+        from raypkg.coresets.sharded import check_schedule
 
         once = TrainSelect(warm_epochs=select.warm_epochs)
         if self.coreset is not None and not select.every_epochs and select != once:
@@ -102,7 +102,7 @@ def run_selection(settings: SelectSettings, *, samples: Samples, report: Report)
     Example:
         effray train --name first --train.epochs 5 && effray select --model-from first --rule craig --fraction 0.2
     """
-    from raypkg.coresets.reselection import check_selects_once
+    from raypkg.coresets.sharded import check_selects_once
     from raypkg.experiments.selection import select_in_phase, trained_models
     from raypkg.experiments.summary import finish
 

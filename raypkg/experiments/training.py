@@ -73,7 +73,7 @@ class Job:
 def train_on_cluster(job: Job, samples: Samples, report: Report, workers: Workers) -> dict[str, Any]:
     """Train the job's model on the workers, unless the run folder says it is done; return the phase's record."""
     if job.select:
-        from raypkg.coresets.reselection import check_schedule
+        from raypkg.coresets.sharded import check_schedule
 
         check_schedule(job.select, job.training.epochs, given=job.coreset is not None)
     smallest_batch = min(job.training.batch_size, job.samples_used(samples))
@@ -190,7 +190,7 @@ def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> li
         if settings.average is not None:
             hooks.append(Average(settings.average))
     if job.select:
-        from raypkg.coresets.reselection import Reselection
+        from raypkg.coresets.sharded import Reselection
         from raypkg.engine.shards import WorkerShards, class_shards
 
         indices = samples.train_indices

@@ -115,7 +115,7 @@ class InstructSettings(Experiment):
 
     def check(self, n: int, data: Any) -> None:
         """Refuse, before any work, samples that are no instructions, no target, and settings without effect."""
-        from raypkg.coresets.reselection import check_selects_once
+        from raypkg.coresets.sharded import check_selects_once
         from raypkg.data.kinds import TEXTS
 
         select, warmup = self.select, self.warmup

@@ -124,7 +124,7 @@ class LiptSettings(Experiment):
 
     def check(self, n: int, data: Any) -> None:
         """Refuse rules that act during training only, and selections that never come."""
-        from raypkg.coresets.reselection import check_schedule, check_selects_once
+        from raypkg.coresets.sharded import check_schedule, check_selects_once
 
         check_selects_once(self.select)
         check_schedule(self.select, self.epochs, given=True)
