@@ -57,9 +57,10 @@ class Loop(ABC):
     ) -> Iterator[tuple[Any, Tensor]]:
         """Yield (x, y) of samples on the model's device, and count them for a part of the cost."""
 
-    @abstractmethod
     def losses_of(self, x: Any, y: Tensor) -> Tensor:
         """Return the losses of a language model, [b]."""
+        losses: Tensor = self.model(x).losses
+        return losses
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return the context of forward passes."""
@@ -235,8 +236,9 @@ class CrestAlgorithm:
         return self.loop.choose(subsets, pool.weights)
 
     def _subset(self, pool: Pool, p: int) -> Subset:
-        """Return the random subset V_p of a pool."""
-        return pool.subset(p, self.subset_size, self.loop.augment, self.loop.seed)
+        """Return the random subset V_p of a pool, the same at every call."""
+        rng = generator(self.loop.seed, "crest subset", pool.update, p)
+        return Subset.random(pool.candidates, self.subset_size, self.loop.augment, rng)
 
     def _renew(self) -> None:
         """Replace the expired pool by one chosen with the present weights w_l, and fit the local model of the loss."""

@@ -181,11 +181,6 @@ class RunLoop(Loop):
             bill.backward += len(y) * backward
             yield x, y
 
-    def losses_of(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the losses of a language model, [b]."""
-        losses: Tensor = self.model(x).losses
-        return losses
-
     def precision(self) -> AbstractContextManager[Any]:
         """Return the context of the run's precision."""
         return autocast(self.run.settings.precision, self.run.worker.device)

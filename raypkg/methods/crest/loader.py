@@ -247,5 +247,4 @@ class DatasetLoop(Loop):
             return sample_losses(self.model.module, {**x, LABELS: y})[0]
         if not isinstance(self.model.module, LanguageModel):
             raise UserError("CrestLoader needs mappings with input_ids and labels for a model of transformers")
-        losses: Tensor = self.model(x).losses
-        return losses
+        return super().losses_of(x, y)

@@ -187,11 +187,6 @@ class Pool:
     weights: Mapping[str, Tensor] | None  # state of the model that chooses; None: the model as it is
     chosen: dict[int, Chosen] = field(default_factory=dict)  # p → the coreset, for those computed so far
 
-    def subset(self, p: int, count: int, augment: Sequence[str], seed: int) -> Subset:
-        """Return the random subset V_p, the same at every call."""
-        rng = generator(seed, "crest subset", self.update, p)
-        return Subset.random(self.candidates, count, augment, rng)
-
     def draw(self, steps: range, seed: int) -> list[int]:
         """Draw p for each of the steps."""
         # One generator per step: its draw does not depend on where an interval or a resumed training begins.
