@@ -1,5 +1,6 @@
 """Logistic regression, multi-layer perceptrons and LeNet (LeCun et al. 1998) in today's form: ReLU, a linear head."""
 
+import math
 from itertools import pairwise
 from typing import Annotated
 
@@ -45,46 +46,23 @@ def lenet300_100(shape: Shape, num_classes: int) -> Classifier:
 
 
 @model("lenet5", source=LECUN)
-def lenet5(shape: Shape, num_classes: int) -> Classifier:
-    """LeNet-5, two 5 × 5 convolutions with 6 and 16 channels, then 120 and 84 units.
-
-    Differs from the paper: ReLU for tanh, max-pool for trained averages, full connections, softmax for radial units,
-    and both convolutions padded, so that images down to 4 × 4 pixels fit.
-    """
-    channels, height, width = image_shape(shape, least=4)
-    pixels = (height // 4) * (width // 4)  # left by two max-pools
-    features = nn.Sequential(
-        nn.Conv2d(channels, 6, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),  # [b, 16 · pixels]
-        nn.Linear(16 * pixels, 120),
-        nn.ReLU(),
-        nn.Linear(120, 84),
-        nn.ReLU(),
-    )
-    kaiming(features)
-    return Classifier(features, nn.Linear(84, num_classes))
-
-
 @model("lenet5-caffe", source="arXiv:2102.02887")
-def lenet5_caffe(shape: Shape, num_classes: int) -> Classifier:
-    """LeNet-5 of Caffe and ITOP: 20 and 50 channels, 500 units, 0.43 M parameters on 28 × 28 pixels."""
-    channels, height, width = image_shape(shape, least=16)
-    pixels = ((height - 4) // 2 - 4) // 2 * (((width - 4) // 2 - 4) // 2)  # left by two convolutions and max-pools
-    features = nn.Sequential(
-        nn.Conv2d(channels, 20, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(20, 50, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),  # [b, 50 · pixels]
-        nn.Linear(50 * pixels, 500),
-        nn.ReLU(),
-    )
+def lenet5(shape: Shape, num_classes: int, *, registered: str) -> Classifier:
+    """LeNet-5, 5 × 5 kernels: 6 and 16 channels, 120 and 84 units; of Caffe and ITOP, 20 and 50 channels, 500 units.
+
+    Differs from the paper: ReLU for tanh, max-pool for trained averages, full connections, softmax for radial units.
+    Both convolutions are padded, so that images down to 4 × 4 pixels fit. Caffe's form has no padding, and 0.43 M
+    parameters on 28 × 28 pixels.
+    """
+    first, second, units, padding = (20, 50, [500], 0) if registered == "lenet5-caffe" else (6, 16, [120, 84], 2)
+    channels, *sides = image_shape(shape, least=4 if padding else 16)
+    layers: list[nn.Module] = []
+    for before, after in ((channels, first), (first, second)):
+        layers += [nn.Conv2d(before, after, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2)]
+        sides = [(side + 2 * padding - 4) // 2 for side in sides]
+    layers.append(nn.Flatten())  # [b, second · pixels]
+    for before, after in pairwise([second * math.prod(sides), *units]):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    features = nn.Sequential(*layers)
     kaiming(features)
-    return Classifier(features, nn.Linear(500, num_classes))
+    return Classifier(features, nn.Linear(units[-1], num_classes))
