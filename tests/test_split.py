@@ -29,36 +29,31 @@ def test_images_and_rows_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("x", "y", "message"),
+    ("arguments", "message"),
     [
-        (IMAGES.float(), Y, r"x is float32 \[2, 3, 2, 2\], needed is uint8 \[n, C, H, W\] or float \[n, D\]"),
-        (ROWS, Y.float(), r"y is float32 \[2\], needed are integers \[2\]"),
-        (ROWS, Y[:1], r"y is int64 \[1\], needed"),
-        (ROWS[:0], Y[:0], r"x is empty: \[0, 2\]"),
-        (torch.tensor([[0.0, 1], [torch.nan, 0]]), Y, "row 1 of x holds NaN or infinity"),
-        (ROWS.double() * 1e300, Y, "row 0 of x holds NaN or infinity, or a number beyond float32"),
-        (ROWS.tolist(), Y, "x is a list, needed is a tensor or a NumPy array"),
-        (ROWS.to_sparse(), Y, r"x is a tensor of layout torch.sparse_coo, needed is a dense one"),
-        (ROWS.numpy().astype(object), Y, r"x is object \[2, 2\], needed is uint8"),
-        (ROWS.numpy(), np.array([False, True]), r"y is bool \[2\], needed are integers"),
-        (ROWS.numpy(), np.array([0, 2**64 - 1], np.uint64), "labels run from 0 to 18446744073709551615 but none is 1"),
-        (ROWS, torch.tensor([0, 2]), "labels run from 0 to 2 but none is 1"),
+        ((IMAGES.float(), Y), r"x is float32 \[2, 3, 2, 2\], needed is uint8 \[n, C, H, W\] or float \[n, D\]"),
+        ((ROWS, Y.float()), r"y is float32 \[2\], needed are integers \[2\]"),
+        ((ROWS, Y[:1]), r"y is int64 \[1\], needed"),
+        ((ROWS[:0], Y[:0]), r"x is empty: \[0, 2\]"),
+        ((torch.tensor([[0.0, 1], [torch.nan, 0]]), Y), "row 1 of x holds NaN or infinity"),
+        ((ROWS.double() * 1e300, Y), "row 0 of x holds NaN or infinity, or a number beyond float32"),
+        ((ROWS.tolist(), Y), "x is a list, needed is a tensor or a NumPy array"),
+        ((ROWS.to_sparse(), Y), r"x is a tensor of layout torch.sparse_coo, needed is a dense one"),
+        ((ROWS.numpy().astype(object), Y), r"x is object \[2, 2\], needed is uint8"),
+        ((ROWS.numpy(), np.array([False, True])), r"y is bool \[2\], needed are integers"),
+        (
+            (ROWS.numpy(), np.array([0, 2**64 - 1], np.uint64)),
+            "labels run from 0 to 18446744073709551615 but none is 1",
+        ),
+        ((ROWS, torch.tensor([0, 2])), "labels run from 0 to 2 but none is 1"),
+        ((ROWS, torch.tensor([0, -1]), ("a", "b")), "sample 1 has label -1, allowed is 0 … 1"),
+        ((ROWS, torch.tensor([0, 2]), ("a", "b")), "sample 1 has label 2, allowed is 0 … 1"),
+        ((ROWS, Y, ("a", "b", "a")), "two of the 3 classes are called 'a'"),
     ],
 )
-def test_refused_arrays(x, y, message):
+def test_refused_arrays(arguments, message):
     with pytest.raises(UserError, match=message):
-        Split.from_tensors(x, y)
-
-
-@pytest.mark.parametrize("label", [-1, 2])
-def test_labels_outside_the_named_classes(label):
-    with pytest.raises(UserError, match=rf"sample 1 has label {label}, allowed is 0 … 1"):
-        Split.from_tensors(ROWS, torch.tensor([0, label]), classes=("a", "b"))
-
-
-def test_two_classes_of_one_name():
-    with pytest.raises(UserError, match="two of the 3 classes are called 'a'"):
-        Split.from_tensors(ROWS, Y, classes=("a", "b", "a"))
+        Split.from_tensors(*arguments)
 
 
 def read_only(array):

@@ -22,10 +22,7 @@ def linear(shape: Shape, num_classes: int) -> Classifier:
 
 @model("mlp", source=LECUN)
 def mlp(
-    shape: Shape,
-    num_classes: int,
-    *,
-    hidden: Annotated[tuple[Width, ...], Field(max_length=1000)] = (300, 100),
+    shape: Shape, num_classes: int, *, hidden: Annotated[tuple[Width, ...], Field(max_length=1000)] = (300, 100)
 ) -> Classifier:
     """Multi-layer perceptron with ReLU, for rows and small images."""
     sizes = [flat_size(shape), *hidden]
