@@ -102,20 +102,6 @@ def test_stopped_after_any_epoch_and_resumed_equals_never_stopped(tmp_path, stop
     assert straight["test_loss"] == resumed["test_loss"]
 
 
-def test_stopped_and_resumed_equals_never_stopped(tmp_path):
-    def interrupt(row):
-        if row["epoch"] == 1:
-            raise KeyboardInterrupt
-
-    straight = train_model(Worker(), job_of(tmp_path / "straight"))
-    with pytest.raises(KeyboardInterrupt):
-        train_model(Worker(report=interrupt), job_of(tmp_path / "stopped"))
-    resumed = train_model(Worker(), job_of(tmp_path / "stopped"))
-    one, other = kept(tmp_path / "straight"), kept(tmp_path / "stopped")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert straight["test_loss"] == resumed["test_loss"]
-
-
 @pytest.mark.slow
 def test_two_workers_keep_the_average_of_one(tmp_path):
     group = {"model.options.norm": "group"}  # batch statistics are those of a worker's slice

@@ -12,7 +12,7 @@ from raypkg.data import Data
 from raypkg.data.augment import compose
 from raypkg.data.kinds import IMAGES, TEXTS
 from raypkg.data.split import Split
-from raypkg.experiments.trained import named_backbone
+from raypkg.experiments.embedding import named_backbone
 from raypkg.models import build_model
 
 transformers = pytest.importorskip("transformers")

@@ -20,7 +20,7 @@ from raypkg.data.kinds import TEXTS
 from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Cost, Worker
-from raypkg.experiments.trained import named_backbone
+from raypkg.experiments.embedding import named_backbone
 from raypkg.methods.sparse.hook import first_batch
 from raypkg.methods.sparse.masks import prunable
 from raypkg.models import build_model

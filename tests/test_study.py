@@ -420,7 +420,7 @@ def test_a_sweep_of_an_earlier_version_is_shown_and_resumed(tmp_path, capsys, mo
     assert f"resume with: effray tune lipt --resume old --root {tmp_path}" in capsys.readouterr().out
     resumed = []
     monkeypatch.setattr("raypkg.cluster.session.connect", lambda *_, **__: None)
-    monkeypatch.setattr("raypkg.cluster.capacity.trial_size", lambda *_: None)
+    monkeypatch.setattr("raypkg.cluster.session.trial_size", lambda *_: None)
     monkeypatch.setattr("raypkg.studies.driver.Driver.run", lambda driver: resumed.append([*driver.domains]))
     resume_study("old", "effray tune lipt", {"concurrent": 1}, {}, str(tmp_path))
     assert resumed == [["select.rule"]]

@@ -12,8 +12,7 @@ from raypkg.core.settings import Cluster
 from raypkg.engine.shards import Shard, Shards, WorkerShards
 from raypkg.engine.worker import threads
 
-from .capacity import Plan, plan
-from .session import cluster_errors, connect
+from .session import Plan, cluster_errors, connect, plan
 
 
 class RayShards(Shards):

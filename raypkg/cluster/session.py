@@ -1,4 +1,4 @@
-"""The connection to a Ray cluster: one that is running, or one of this process's own that only this machine reaches."""
+"""The Ray cluster: one that is running, or one of this process's own that only this machine reaches; its capacity."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raypkg.core.errors import ClusterLost, UserError
 
@@ -36,6 +36,7 @@ ANSWER = 5  # seconds within which a cluster must answer
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # HTTP/2's, with empty settings
 SETTINGS = 4  # type of the frame with which every HTTP/2 server answers
 WITHOUT = "--cluster.workers 0 trains in this process, without Ray"
+MOST_WORKERS = 8  # by default; cluster.workers may ask for more
 _owns_cluster = False  # True once this process has started one
 
 
@@ -67,17 +68,25 @@ def connect(settings: Cluster, *, dashboard: bool = False) -> None:
 
     if ray.is_initialized():
         return
+    global _owns_cluster
     address = _address(settings)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        options["include_dashboard"] = dashboard
+        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))  # lo; on macOS lo0
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # where training workers listen to each other
+    token = Path.home() / ".ray" / "auth_token"
+    is_first = not token.exists()
     try:
         with _silenced():
-            if address is None:
-                _start(dashboard)
-            else:
-                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address or "local", **options)
     except Exception as error:  # any of Ray's processes failed; or another version, a wrong token, no raylet
         problem = f"cannot join the Ray cluster at {address}" if address else "Ray cannot start on this machine"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{problem}: {reason}; {WITHOUT}") from error
+    _owns_cluster = address is None
+    if _owns_cluster and is_first and token.exists():
+        token.chmod(0o600)  # Ray leaves it readable for every user of the machine
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":  # Ray sets it where it finds or makes a token
         risk = "anyone who reaches its ports can run code as you"
         log.warning("this Ray cluster requires no token: %s; RAY_AUTH_MODE=token protects it", risk)
@@ -190,21 +199,6 @@ def _check_answers(address: str) -> None:
         raise OSError("something else listens there; a head's port is 6379 unless `ray start` was given another")
 
 
-def _start(dashboard: bool) -> None:
-    """Start a cluster on this machine that only this machine can reach."""
-    import ray
-
-    global _owns_cluster
-    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))  # lo; on macOS lo0
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # where training workers listen to each other
-    token = Path.home() / ".ray" / "auth_token"
-    is_first = not token.exists()
-    ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level="ERROR")
-    _owns_cluster = True
-    if is_first and token.exists():
-        token.chmod(0o600)  # Ray leaves it readable for every user of the machine
-
-
 @contextmanager
 def _silenced() -> Iterator[None]:
     """Discard what Ray's threads print to stderr, and restore the signal handlers, of which Ray's print a stack."""
@@ -222,3 +216,85 @@ def _silenced() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():  # Python allows it only there
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+# Capacity: the size of a run's workers and of a study's trials
+
+
+class Plan(NamedTuple):
+    """Number and size of workers: the settings, completed by what the cluster has."""
+
+    workers: int
+    cpus: int
+    gpus: float
+    at_once: int = 1  # trials of a study that run side by side, each with such workers
+
+    @property
+    def of_a_trial(self) -> int:
+        """The setting ``cluster.workers`` of a trial: 0 if its own process is the only one; others need Ray Train."""
+        return self.workers if self.workers > 1 or self.gpus else 0
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Ray resources of one worker."""
+        request: dict[str, float] = {"CPU": self.cpus}
+        if self.gpus:
+            request["GPU"] = self.gpus
+        return request
+
+
+def plan(settings: Cluster, most: int | None = None) -> Plan:
+    """Complete the number (at most ``most``, if unset) and size of workers by what the cluster has.
+
+    A GPU trains on more samples a second than a CPU decodes: workers with GPUs divide all CPUs of a node among them.
+    More than the cluster has is refused: Ray would wait forever.
+    """
+    nodes = _nodes()
+    all_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    gpus = settings.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if all_gpus else 0.0
+    bound = min(MOST_WORKERS, most or MOST_WORKERS)
+    cpus = settings.cpus_without_gpu
+    if gpus and settings.cpus_per_worker is None:
+        # A worker's share of its node's CPUs, on the node with the fewest per GPU.
+        with_gpus = [node for node in nodes if node.get("GPU", 0.0) >= gpus]
+        shares = [node.get("CPU", 0.0) / (node["GPU"] // gpus) for node in with_gpus]
+        cpus = max(1, int(min(shares, default=1.0)))
+    fit = room(cpus, gpus)
+    workers = settings.workers or max(1, min(fit, bound))
+    if workers > fit:
+        all_cpus = sum(node.get("CPU", 0.0) for node in nodes)
+        there = f"{all_cpus:g} CPU and {all_gpus:g} GPU on {len(nodes)} nodes, room for {fit}"
+        advice = "lower cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker"
+        size = f"{cpus} CPU and {gpus:g} GPU"
+        raise UserError(f"{workers} workers of {size} do not fit the cluster, which has {there}: {advice}")
+    return Plan(workers, cpus, gpus)
+
+
+def trial_size(cluster: Cluster, concurrent: int | None) -> Plan:
+    """Return the workers of a trial, by default one, and how many trials run at once, by default as many as fit."""
+    alone = {"gpus_per_worker": 0} if cluster.workers == 0 else {}
+    workers = plan(cluster.model_copy(update={"workers": cluster.workers or 1, **alone}))
+    fit = room(workers.cpus, workers.gpus) // workers.workers
+    if concurrent and concurrent > fit:
+        trials = f"{fit} trials of {workers.workers} processes"
+        raise UserError(f"--concurrent {concurrent}: the cluster has room for {trials}")
+    return workers._replace(at_once=concurrent or fit)
+
+
+def room(cpus: int, gpus: float) -> int:
+    """Return the number of workers of that size that fit the cluster: a worker is never split over two nodes."""
+    fit = 0
+    for node in _nodes():
+        by_cpu = node.get("CPU", 0.0) // cpus
+        by_gpu = node.get("GPU", 0.0) // gpus if gpus else by_cpu
+        fit += int(min(by_cpu, by_gpu))
+    return fit
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    """Return the resources of every living node."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -23,8 +23,7 @@ from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer
 
 from raypkg.core.errors import UserError
 
-from .capacity import Plan
-from .session import cluster_errors
+from .session import Plan, cluster_errors
 
 Values = dict[str, Any]  # settings of a trial, by dotted names
 Row = dict[str, Any]  # the epoch and the metric, and an error if there was one

@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from raypkg.core.errors import ClusterLost, Interruption, UserError
 
-from .session import cluster_errors, connect, disconnect, owns_cluster
+from .session import Plan, cluster_errors, connect, disconnect, owns_cluster, plan
 
 if TYPE_CHECKING:  # pydantic, which the mailbox's process does not need
     from raypkg.core.settings import Cluster
-
-    from .capacity import Plan
 
 RESTARTS = 2  # attempts to start workers after the first has timed out, on a cluster without other users
 LOST = "the process that relays metrics from the workers was lost"
@@ -77,8 +75,6 @@ class Workers:
             connect(self._cluster)
         with cluster_errors():
             if self._group is None:
-                from .capacity import plan
-
                 size = plan(self._cluster, self._most)
                 self._group = Group(size, self._cluster.max_failures, self._report, self._folder)
             return self._group.run(function, *arguments)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import product
 from typing import Any, NamedTuple, Protocol
@@ -19,29 +19,36 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raypkg.cluster.actors import hold
 from raypkg.core.errors import UserError
 from raypkg.core.memory import readable
 from raypkg.core.seeds import generator
+from raypkg.core.settings import Model
 from raypkg.data import Data
-from raypkg.data.augment import compose
+from raypkg.data.augment import Augmentation, compose
+from raypkg.data.coreset import Coreset
 from raypkg.data.sources.table import FEATURES, LABEL, features_schema
 from raypkg.data.split import Split
-from raypkg.engine.batches import alternate
+from raypkg.engine.batches import ahead, alternate, loaders_of, training_batch
+from raypkg.engine.loop import autocast
 from raypkg.engine.shards import Shard
-from raypkg.engine.worker import Cost
-from raypkg.runs.folder import RunFolder
+from raypkg.engine.worker import Cost, Worker
+from raypkg.models import build_model
+from raypkg.models.classifier import classifier, in_mode
+from raypkg.runs.catalog import locate
+from raypkg.runs.folder import MODEL, RunFolder
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .samples import augmentations
+from .samples import augmentations, open_samples
 from .train import EmbedSettings
-from .trained import Backbone, named_backbone, trained_backbone
+from .trained import check_same_tokens, restored_model, settings_of_trained
 
 PHASE = "embed"
 PART_BYTES = 64 << 20
+BATCH = {"cpu": 128, "cuda": 512}  # samples of a forward pass; the features' last bits depend on it
 GLANCE = 1.0  # seconds between two looks at the finished parts
 PARTS = "parts"  # folder of the parts that are not joined yet
 FACTS = b"part"  # metadata key of a part's backbone, holders and cost
@@ -60,11 +67,6 @@ class Part(NamedTuple):
     def __len__(self) -> int:
         return self.stop - self.start
 
-    @property
-    def positions(self) -> Tensor:
-        """Positions of its samples, int64 [m]."""
-        return torch.arange(self.start, self.stop)
-
 
 def parts_of(split: str, n: int, draws: int, size: int) -> list[Part]:
     """Cut the rows of a split's n samples, draw by draw, into parts of at most a size.
@@ -76,6 +78,59 @@ def parts_of(split: str, n: int, draws: int, size: int) -> list[Part]:
     for draw, start in product(range(draws), range(0, n, size)):
         parts.append(Part(f"{split}-{len(parts):05d}.parquet", split, draw, start, min(start + size, n)))
     return parts
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The features of a frozen model and the normalisation of its samples; it can be pickled."""
+
+    features: nn.Module  # x [b, …] → h [b, D]
+    width: int  # D
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    precision: str  # of the forward passes
+
+    @property
+    def digest(self) -> str:
+        """A digest of weights, normalisation and precision, from which a sample's features follow."""
+        digest = blake2b(digest_size=16)
+        digest.update(repr((self.width, self.mean, self.std, self.precision)).encode())
+        for name, value in self.features.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def embed(
+        self, split: Split, indices: Tensor, augment: Augmentation, draws: Tensor, device: torch.device
+    ) -> Tensor:
+        """Return the features of samples, float32 [n, D] on the CPU."""
+        model = self.features.to(device).to(memory_format=torch.channels_last)  # fastest for images
+        normalised = replace(split, mean=self.mean, std=self.std)
+        worker = Worker(device=device)
+
+        def load(part: Tensor) -> Tensor:
+            samples = Coreset.uniform(indices[part])
+            return training_batch(normalised, samples, augment, draws[part], worker).x
+
+        parts = torch.arange(len(indices)).split(BATCH[device.type])
+        with in_mode(model, training=False), torch.inference_mode(), autocast(self.precision, device):
+            return torch.cat([model(x).float().cpu() for x in ahead(load, parts, loaders_of(split))])
+
+
+def named_backbone(chosen: Model, data: Data, precision: str, seed: int) -> Backbone:
+    """Return the features of a model as it is built, with the normalisation that its weights were trained with.
+
+    If that is unknown, samples are normalised by their own statistics. The model must be head(features(x)). Features
+    of a sentence transformer are means of the last hidden states if its checkpoint says so, also where the head's
+    input is something else.
+    """
+    train = data.train
+    built = build_model(chosen.name, train.shape, train.num_classes, seed=seed, options=chosen.options)
+    model = classifier(built, "a frozen backbone")
+    mean, std = model.trained_with or (train.mean, train.std)
+    stated = getattr(model.features, "frozen_features", None)
+    features, width = stated or (model.features, model.head.in_features)
+    return Backbone(features.float(), width, mean, std, precision)
 
 
 @dataclass(frozen=True)
@@ -104,31 +159,25 @@ class Embedding:
         return f"{self.rows('train'):,} training and {self.rows('test'):,} test rows of {width:,} features"
 
     def compute(self, shard: Shard, part: Part, cost: Cost) -> pa.Table:
-        """Return id, label and features of a part's samples."""
+        """Return id, label and features of a part's samples; refuse features that are infinite or NaN."""
         split: Split = getattr(shard.data, part.split)
-        features = self.features(split, part, shard.device)
-        cost.forward += len(part)
-        positions = part.positions
-        ids = positions if split.ids is None else split.ids[positions]
-        classes = np.array(split.classes, object)
-        labels = classes[split.y[positions].numpy()]
-        schema = features_schema(features.shape[1], split.classes)
-        numbers = pa.array(features.numpy().reshape(-1))
-        vectors = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field(FEATURES).type)
-        return pa.table([ids.numpy(), labels, vectors], schema=schema)
-
-    def features(self, split: Split, part: Part, device: torch.device) -> Tensor:
-        """Return the features of a part's samples, float32 [m, D]; refuse infinite ones and NaN."""
+        positions = torch.arange(part.start, part.stop)
         augment = compose(self.augment if part.split == "train" else ())
         rng = generator(self.seed, PHASE, part.draw)
         draws = torch.rand(len(split), augment.draws, generator=rng)  # of all samples, so that parts do not matter
         draws[:, augment.alternating] = alternate(augment, len(split), self.seed, part.draw)
-        features = self.backbone.to(device).embed(split, part.positions, augment, draws[part.start : part.stop], device)
+        features = self.backbone.embed(split, positions, augment, draws[positions], shard.device)
         finite = features.isfinite().all(1)
         if not finite.all():
             sample = part.start + int(finite.int().argmin())
             raise UserError(f"{part.split} sample {sample}: its features hold NaN or infinity")
-        return features
+        cost.forward += len(part)
+        ids = positions if split.ids is None else split.ids[positions]
+        labels = np.array(split.classes, object)[split.y[positions].numpy()]
+        schema = features_schema(features.shape[1], split.classes)
+        numbers = pa.array(features.numpy().reshape(-1))
+        vectors = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field(FEATURES).type)
+        return pa.table([ids.numpy(), labels, vectors], schema=schema)
 
 
 def planned(settings: EmbedSettings, data: Data, folder: RunFolder) -> Embedding:
@@ -136,8 +185,18 @@ def planned(settings: EmbedSettings, data: Data, folder: RunFolder) -> Embedding
     draws, augment = settings.draws, augmentations(settings.dataset, data)
     if draws and not augment:
         raise UserError(f"draws = {draws}: {settings.dataset.name} has no augmentation, so all would be equal")
-    if settings.model_from:
-        backbone = trained_backbone(folder, settings.model_from, settings.dataset, data, settings.precision)
+    if settings.model_from:  # with that run's normalisation
+        other = locate(folder.storage.parent.parent.root, settings.model_from, having=MODEL)
+        theirs = settings_of_trained(other)
+        there = open_samples(theirs).data
+        seen = there.train
+        if seen.shape != data.train.shape:
+            shapes = f"{list(seen.shape)}, those here have {list(data.train.shape)}"
+            raise UserError(f"the model of run {other.name!r} takes samples of shape {shapes}")
+        check_same_tokens(settings.dataset, theirs.dataset, data, other.name)
+        model = classifier(restored_model(other, theirs, there), "a frozen backbone")
+        width = model.head.in_features
+        backbone = Backbone(model.features.float(), width, seen.mean, seen.std, settings.precision)
     else:
         backbone = named_backbone(settings.model, data, settings.precision, settings.seed)
     size = min(settings.rows_per_part, max(1, PART_BYTES // (4 * backbone.width)))  # fewer rows of wide features

@@ -1,12 +1,10 @@
-"""Models of finished runs: to predict with, to begin another training with, and as frozen backbones."""
+"""Models of finished runs: to predict with, and to begin another training with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,19 +15,15 @@ from torch import Tensor, nn
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError, shown
 from raypkg.core.registry import extra
-from raypkg.core.settings import Dataset, Experiment, Model, RunSettings, Train
+from raypkg.core.settings import Dataset, Experiment, RunSettings, Train
 from raypkg.data import Data
-from raypkg.data.augment import Augmentation
-from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import IMAGES, TEXTS, kind_of
 from raypkg.data.split import Split
 from raypkg.data.tokenizer import encode, padded, tokenizer_at
-from raypkg.engine.batches import ahead, dtype_of, loaders_of, to_device, training_batch
-from raypkg.engine.loop import autocast, output_of
+from raypkg.engine.batches import dtype_of, to_device
+from raypkg.engine.loop import output_of
 from raypkg.engine.run import Hook, Results, Run
-from raypkg.engine.worker import Worker
-from raypkg.models import build_model
-from raypkg.models.classifier import Classifier, classifier, in_mode
+from raypkg.models.classifier import Classifier
 from raypkg.runs import ROOT
 from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import CONFIG, MODEL, RunFolder
@@ -45,7 +39,6 @@ WEIGHTS = ".safetensors"
 FIRST = "checkpoints/first.safetensors"  # of an unfinished run: its source may change or be deleted
 HEAD = "head."  # prefix of the last layer's parameters
 NAMED = 3  # names that a message lists
-BATCH = {"cpu": 128, "cuda": 512}  # samples of a forward pass; the features' last bits depend on it
 
 
 class Predictions(NamedTuple):
@@ -291,78 +284,3 @@ def _some(names: Sequence[str]) -> str:
     """List the first names, and the number of others."""
     listed = ", ".join(names[:NAMED]) or "none"
     return f"{listed} and {len(names) - NAMED} more" if len(names) > NAMED else listed
-
-
-# Frozen backbones: a model as it is built, or that of a finished run
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """The features of a frozen model and the normalisation of its samples; it can be pickled."""
-
-    features: nn.Module  # x [b, …] → h [b, D]
-    width: int  # D
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    precision: str  # of the forward passes
-
-    @property
-    def digest(self) -> str:
-        """A digest of weights, normalisation and precision, from which a sample's features follow."""
-        digest = blake2b(digest_size=16)
-        digest.update(repr((self.width, self.mean, self.std, self.precision)).encode())
-        for name, value in self.features.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    def to(self, device: torch.device) -> Backbone:
-        """Return the backbone on a device, its weights in the memory layout that is fastest for images."""
-        return replace(self, features=self.features.to(device).to(memory_format=torch.channels_last))
-
-    def embed(
-        self, split: Split, indices: Tensor, augment: Augmentation, draws: Tensor, device: torch.device
-    ) -> Tensor:
-        """Return the features of samples, float32 [n, D] on the CPU."""
-        normalised = replace(split, mean=self.mean, std=self.std)
-        worker = Worker(device=device)
-
-        def load(part: Tensor) -> Tensor:
-            samples = Coreset.uniform(indices[part])
-            return training_batch(normalised, samples, augment, draws[part], worker).x
-
-        parts = torch.arange(len(indices)).split(BATCH[device.type])
-        with in_mode(self.features, training=False), torch.inference_mode(), autocast(self.precision, device):
-            return torch.cat([self.features(x).float().cpu() for x in ahead(load, parts, loaders_of(split))])
-
-
-def named_backbone(chosen: Model, data: Data, precision: str, seed: int) -> Backbone:
-    """Return the features of a model as it is built, with the normalisation that its weights were trained with.
-
-    If that is unknown, samples are normalised by their own statistics. The model must be head(features(x)). Features
-    of a sentence transformer are means of the last hidden states if its checkpoint says so, also where the head's
-    input is something else.
-    """
-    train = data.train
-    built = build_model(chosen.name, train.shape, train.num_classes, seed=seed, options=chosen.options)
-    model = classifier(built, "a frozen backbone")
-    mean, std = model.trained_with or (train.mean, train.std)
-    stated = getattr(model.features, "frozen_features", None)
-    features, width = stated or (model.features, model.head.in_features)
-    return Backbone(features.float(), width, mean, std, precision)
-
-
-def trained_backbone(folder: RunFolder, run: str, dataset: Dataset, data: Data, precision: str) -> Backbone:
-    """Return the features of another run's model, with that run's normalisation; shape and tokens must be the same."""
-    from raypkg.runs.catalog import locate
-
-    other = locate(folder.storage.parent.parent.root, run, having=MODEL)
-    settings = settings_of_trained(other)
-    theirs = open_samples(settings).data
-    train = theirs.train
-    if train.shape != data.train.shape:
-        shapes = f"{list(train.shape)}, those here have {list(data.train.shape)}"
-        raise UserError(f"the model of run {other.name!r} takes samples of shape {shapes}")
-    check_same_tokens(dataset, settings.dataset, data, other.name)
-    model = classifier(restored_model(other, settings, theirs), "a frozen backbone")
-    return Backbone(model.features.float(), model.head.in_features, train.mean, train.std, precision)

@@ -33,7 +33,7 @@ from .study import AFTER, DONE, Study, TrialRun, Values
 from .tables import Table
 
 if TYPE_CHECKING:  # it imports Ray, which a mistake in the settings need not wait for
-    from raypkg.cluster.capacity import Plan
+    from raypkg.cluster.session import Plan
 
 Trials = Sequence[tuple[int, Values]]  # numbers and settings
 EVALUATE = "train.evaluate_every_epochs"  # 1 unless given: schedulers compare trials epoch by epoch
@@ -79,8 +79,7 @@ class Driver:
         if (not table or settings.cluster.workers != 0) and self.left():
             import torch
 
-            from raypkg.cluster.capacity import trial_size
-            from raypkg.cluster.session import connect
+            from raypkg.cluster.session import connect, trial_size
 
             workers = settings.cluster.workers or 1
             try:
