@@ -1,12 +1,14 @@
-"""What passes between driver and workers: all of it arrives, or the run says that it did not."""
+"""Driver and workers: what passes between them arrives, or the run says that it did not; workers start, or it ends."""
 
 import threading
 from queue import SimpleQueue
 
 import pytest
 
+from raypkg.cluster import workers
 from raypkg.cluster.workers import LOST, deliver, open_mailbox
 from raypkg.core.errors import Interruption, UserError
+from raypkg.core.settings import Cluster
 
 
 @pytest.fixture
@@ -62,3 +64,16 @@ def test_what_keeping_a_row_raises_reaches_the_driver(mailbox):
     _, outcomes = delivered(mailbox, full)
     mailbox.put.remote("row", {"epoch": 1})
     assert isinstance(outcomes.get(timeout=60), OSError)
+
+
+def test_workers_that_cannot_start_interrupt_the_run(ray, monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+    monkeypatch.setattr(workers, "owns_cluster", lambda: True)
+    cpus = int(ray.cluster_resources()["CPU"])
+    leaked = ray.util.placement_group([{"CPU": 1}] * cpus)  # as Ray Train leaves one behind
+    ray.get(leaked.ready())
+    try:
+        with pytest.raises(Interruption, match=r"the workers cannot be started: .*timed out"):
+            workers.Workers(Cluster(workers=1), print, str(tmp_path)).run(int)
+    finally:
+        ray.util.remove_placement_group(leaked)
