@@ -2,10 +2,9 @@
 
 import re
 from collections.abc import Iterator
-from copy import copy
 from functools import partial
 from itertools import islice
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -53,15 +52,16 @@ def load(
             raise UserError(f"folder {root!r} has no {name} split: none of the folders {', '.join(spellings)}")
     folder = found["train"] or place
     classes = tuple(sorted(_class_folders(folder)))
-    images = {"train": ImageFiles(folder, classes)}
+    images = {"train": images_of(folder, classes)}
     drawn = {}
     if found["test"]:
-        images["test"] = ImageFiles(found["test"], classes)
+        images["test"] = images_of(found["test"], classes)
     else:
         everything, drawn = images["train"], {"test": test}
         for name in FOLDERS:
             rows = split_rows(dict.fromkeys(FOLDERS, folder), name, everything.length, test)
-            images[name] = everything.only(rows)
+            files_of_split = [everything.files[row] for row in rows]
+            images[name] = ImageFiles(classes, files_of_split, everything.labels[rows])
     files = {name: each.files for name, each in images.items()}
     key = fingerprint(files["train"] + files["test"], root=root, size=size, **drawn)
     return open_images(split, partial(store_path, cache, place.resolve().name, key), images.__getitem__, files, size)
@@ -82,27 +82,12 @@ def _class_folders(folder: Place) -> dict[str, Place]:
     return classes
 
 
-class ImageFiles:
+class ImageFiles(NamedTuple):
     """The image files of one split, class by class."""
 
-    def __init__(self, folder: Place, classes: tuple[str, ...]):
-        self.classes = classes
-        self.files: list[Place] = []
-        self.labels: list[int] = []
-        for name, path in sorted(_class_folders(folder).items()):
-            if name not in classes:
-                raise UserError(f"class {name!r} of {str(folder)!r} is not among the {len(classes)} classes of train")
-            files = files_below(path, SUFFIXES)
-            if not files:
-                raise UserError(f"class folder {str(path)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
-            self.files += files
-            self.labels += [classes.index(name)] * len(files)
-
-    def only(self, rows: np.ndarray) -> "ImageFiles":
-        """Return the images of some rows, int64 ascending."""
-        some = copy(self)
-        some.files, some.labels = ([of_all[i] for i in rows] for of_all in (self.files, self.labels))
-        return some
+    classes: tuple[str, ...]
+    files: list[Place]
+    labels: np.ndarray  # int64 [n]
 
     @property
     def length(self) -> int:
@@ -118,7 +103,22 @@ class ImageFiles:
         contents = fetched(content, self.files[start:])
         for first in range(start, len(self.files), READ_AT_ONCE):
             labels = self.labels[first : first + READ_AT_ONCE]
-            yield list(islice(contents, len(labels))), np.array(labels, np.int64)
+            yield list(islice(contents, len(labels))), labels
+
+
+def images_of(folder: Place, classes: tuple[str, ...]) -> ImageFiles:
+    """List the images of a split; refuse a class unknown to train or without images."""
+    found: list[Place] = []
+    labels: list[int] = []
+    for name, path in sorted(_class_folders(folder).items()):
+        if name not in classes:
+            raise UserError(f"class {name!r} of {str(folder)!r} is not among the {len(classes)} classes of train")
+        files = files_below(path, SUFFIXES)
+        if not files:
+            raise UserError(f"class folder {str(path)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
+        found += files
+        labels += [classes.index(name)] * len(files)
+    return ImageFiles(classes, found, np.array(labels, np.int64))
 
 
 def content(file: Place) -> bytes:

@@ -70,7 +70,7 @@ def load(
             raise UserError(f"option tokenizer = {tokenizer!r}: it has no chat template, which messages need")
         if not found.chat_template and found.eos_token_id is None:
             raise UserError(f"option tokenizer = {tokenizer!r}: it has neither a chat template nor an end token")
-        return Encoder(lambda table, rows: table.encoded(found, rows, length), vocabulary_of(found.backend_tokenizer))
+        return lambda table, rows: table.encoded(found, rows, length), vocabulary_of(found.backend_tokenizer), ""
 
     table = partial(InstructionTable, label=source)
     key = dict(source=source, form="instructions 1")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +48,8 @@ USUAL: tuple[tuple[str, ...], ...] = (  # columns of texts; pairs first
 )  # fmt: skip
 UNLABELLED = (None, "", "-", "-1")  # spellings of a missing label, such as where annotators disagreed
 BLOCK = 1 << 12  # texts tokenised at once
+
+Encoder = tuple[Callable[[Any, np.ndarray], tuple[list[np.ndarray], int]], int, str]
 
 log = logging.getLogger(__name__)
 
@@ -94,18 +96,10 @@ def load(
     def encoder(train: TextTable, rows: np.ndarray) -> Encoder:
         tokens = tokenizer_at(tokenizer) if tokenizer else trained(train.everything(rows), vocabulary)
         own = "" if tokenizer else tokens.to_str()
-        return Encoder(lambda table, rows: encode(tokens, table.texts(rows), length), vocabulary_of(tokens), own)
+        return lambda table, rows: encode(tokens, table.texts(rows), length), vocabulary_of(tokens), own
 
     table = partial(TextTable, columns=columns, label=label, unlabelled=unlabelled)
     return tokenised(root, table, encoder, key, split=split, cache=cache, tokenizer=tokenizer, length=length, test=test)
-
-
-class Encoder(NamedTuple):
-    """The conversion of a table's texts to tokens."""
-
-    encode: Callable[[Any, np.ndarray], tuple[list[np.ndarray], int]]  # table, rows → as ``encode`` of the tokenizer
-    vocabulary: int  # V
-    own: str = ""  # the tokenizer as JSON, if it was trained on the texts
 
 
 def tokenised(
@@ -122,7 +116,8 @@ def tokenised(
 ) -> Split:
     """Return a split of files of texts, which are tokenised once; ``key`` are further options that decide the tokens.
 
-    ``read`` makes a table of the files of a split, ``encoder`` an encoder of the train split's table and rows.
+    ``read`` makes a table of the files of a split. From the train split's table and rows, ``encoder`` returns a
+    function like ``encode`` of a table and its rows, V, and the tokenizer as JSON if it was trained on the texts.
     """
     place = place_of(root)
     if place.is_file():
@@ -140,14 +135,14 @@ def tokenised(
         train_rows = split_rows(first, "train", len(train), test)
         rows = split_rows(first, split, len(table), test)
         table.check_like(train)
-        tokens = encoder(train, train_rows)
-        header = Header("encoded", (length, tokens.vocabulary), train.classes, tokenizer=tokens.own)
+        encode_rows, vocabulary, own = encoder(train, train_rows)
+        header = Header("encoded", (length, vocabulary), train.classes, tokenizer=own)
 
         def blocks() -> Iterator[Block]:
             cut = 0
             unused = np.zeros((1, 1))  # instead of a sample for the statistics
             for chunk in np.split(rows, range(BLOCK, len(rows), BLOCK)):
-                encoded, longer = tokens.encode(table, chunk)
+                encoded, longer = encode_rows(table, chunk)
                 cut += longer
                 yield Block([each.tobytes() for each in encoded], table.y(chunk, train), unused)
             if cut:
