@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gloo import on_workers
+from ray_runs import effray, same_weights
 from ray_runs import run as ray_run
-from ray_runs import same_weights
 from raypkg import load_model
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model
 from raypkg.data import load_data
+from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import TEXTS
 from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
@@ -225,8 +226,6 @@ def test_parts_of_a_batch_add_up_to_the_whole(place):
 
 
 def test_the_objective_weighs_the_mean_loss_of_each_sample(place):
-    from raypkg.data.coreset import Coreset
-
     split = data_of(place).train
     chosen = Coreset(torch.arange(6), torch.tensor([0.0, 1.0, 2.0, 0.5, 1.0, 1.5]))
     model = build(place, **LORA)
@@ -301,16 +300,12 @@ def test_a_run_from_the_command_line_and_its_model(place, tmp_path, capsys, blan
     ],
 )
 def test_a_training_that_a_language_model_cannot_have(place, tmp_path, capsys, options, said):
-    from ray_runs import effray
-
     words = SMALL.format(place).split()
     effray(words[0], "--root", tmp_path, *words[1:], "--cluster.workers", "0", *options.split(), code=2)
     assert said in capsys.readouterr().err
 
 
 def test_texts_without_an_answer_and_frozen_backbones(place, tmp_path, capsys):
-    from ray_runs import effray
-
     (tmp_path / "texts.csv").write_text("text,label\n" + "".join(f"cat {i},{i % 2}\n" for i in range(20)))
     model = f"transformers-lm:{place / 'model'}"
     chosen = ["--dataset", f"text:{tmp_path / 'texts.csv'}", "--model", model, "--cluster.workers", 0]
@@ -345,9 +340,8 @@ def test_a_folder_is_read_without_a_network(place, tmp_path, monkeypatch):
 
 def with_nan(folder):
     tensors = load_file(folder / "model.safetensors")
-    save_file(
-        {name: value * math.nan for name, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
+    broken = {name: value * math.nan for name, value in tensors.items()}
+    save_file(broken, folder / "model.safetensors", {"format": "pt"})
 
 
 def not_causal(folder):
@@ -401,9 +395,3 @@ def test_errors_are_one_line(place, options, shape, match):
     with pytest.raises(UserError, match=match) as error:
         build_model(name, shape or (LENGTH, VOCABULARY), 1, seed=0, options=options)
     assert "\n" not in str(error.value)
-
-
-def test_a_missing_extra_is_one_line(place, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(UserError, match=r"LoRA needs the package 'peft': pip install 'effray\[lora\]'"):
-        build(place, **LORA)

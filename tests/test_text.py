@@ -143,21 +143,14 @@ def test_one_file_is_split_by_its_length_alone(write, tmp_path):
     assert data.train.shape == data.test.shape
 
 
-def test_rows_without_a_label_can_be_dropped(write, load):
-    labels = LABELS["train"].copy()
-    labels[4] = -1
-    write("train", {"text": TRAIN, "label": labels}, names=NAMES)
-    write("test", {"text": TEST, "label": LABELS["test"]}, names=NAMES)
-    with pytest.raises(UserError, match=r"sample 4 \(from 0\) of .* has no label.*unlabelled=true"):
-        load()
-    assert len(load(unlabelled=True).train) == 29
-
-
-@pytest.mark.parametrize("labels", [LABELS["train"].tolist(), [NAMES[c] for c in LABELS["train"]]])
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
-def test_a_null_label_is_missing(write, load, labels, suffix):
-    write("train", {"text": TRAIN, "label": [*labels[:4], None, *labels[5:]]}, suffix=suffix)
-    write("test", {"text": TEST, "label": labels[:9]}, suffix=suffix)
+@pytest.mark.parametrize("names", [NAMES, ()])
+@pytest.mark.parametrize("missing", [-1, None])
+def test_rows_without_a_label_can_be_dropped(write, load, suffix, names, missing):
+    labels = [int(c) if names else NAMES[c] for c in LABELS["train"]]
+    write("test", {"text": TEST, "label": labels[:9]}, suffix=suffix, names=names)
+    labels[4] = missing if names or missing is None else "-1"
+    write("train", {"text": TRAIN, "label": labels}, suffix=suffix, names=names)
     with pytest.raises(UserError, match=r"sample 4 \(from 0\) of .* has no label.*unlabelled=true"):
         load()
     data = load(unlabelled=True)
