@@ -145,26 +145,8 @@ class RowTable:
         if not self._length or not fields:
             sizes = f"{self._length} rows and {len(fields)} columns besides {label!r}"
             raise UserError(f"table {str(file)!r} has {sizes}, needed is one of each at least")
-        self._elements: dict[str, list[str]] = {}  # a name for each number in a column; vectors come last
-        for field in sorted(fields, key=lambda field: pa.types.is_fixed_size_list(field.type)):
-            is_vector = pa.types.is_fixed_size_list(field.type)
-            size = field.type.list_size if is_vector else 0
-            self._elements[field.name] = [f"{field.name}[{i}]" for i in range(size)] if is_vector else [field.name]
-        if wanted:
-            known = [*chain(*self._elements.values())]
-            if lost := next((name for name in wanted if name not in known), None):
-                raise unknown(f"column of {str(file)!r}", lost, known)
-            self._elements = {name: each for name, each in self._elements.items() if not {*each}.isdisjoint(wanted)}
+        self._elements = self._features(fields, wanted)
         self.columns = tuple(chain(*self._elements.values()))  # a name for each number of a row
-        for name in self._elements:
-            kind = schema.field(name).type
-            is_vector = pa.types.is_fixed_size_list(kind)
-            number = kind.value_type if is_vector or pa.types.is_dictionary(kind) else kind
-            is_number = pa.types.is_floating(number) or (pa.types.is_integer(number) and not is_vector)
-            if not is_number or not self._elements[name]:
-                where = f"column {name!r} of {str(file)!r}"
-                raise UserError(f"{where} is {kind}, needed are numbers, or lists of floats of one size")
-
         self._noted_classes = notes.classes if wanted is None else None
         self.ids: np.ndarray | None = None  # [n]
         if wanted is not None:
@@ -181,6 +163,27 @@ class RowTable:
             self.ids = ids.to_numpy()
             outside = pa.chunked_array([(self.ids < 0) | (self.ids > LARGEST_ID)])
             self._refuse_where(outside, id, "holds a number that is not from 0 to 2⁶³ − 1")
+
+    def _features(self, fields: Sequence[pa.Field], wanted: Sequence[str] | None) -> dict[str, list[str]]:
+        """Return a name for each number in each column of features; vectors come last."""
+        vectors = {field.name: field.type.list_size for field in fields if pa.types.is_fixed_size_list(field.type)}
+        elements = {field.name: [field.name] for field in fields if field.name not in vectors}
+        elements |= {name: [f"{name}[{i}]" for i in range(size)] for name, size in vectors.items()}
+        if wanted:
+            known = [*chain(*elements.values())]
+            if lost := next((name for name in wanted if name not in known), None):
+                raise unknown(f"column of {str(self.file)!r}", lost, known)
+            elements = {name: each for name, each in elements.items() if not {*each}.isdisjoint(wanted)}
+        for name, kind in ((field.name, field.type) for field in fields if field.name in elements):
+            if name in vectors:
+                is_number = pa.types.is_floating(kind.value_type) and kind.list_size > 0
+            else:
+                number = kind.value_type if pa.types.is_dictionary(kind) else kind
+                is_number = pa.types.is_floating(number) or pa.types.is_integer(number)
+            if not is_number:
+                where = f"column {name!r} of {str(self.file)!r}"
+                raise UserError(f"{where} is {kind}, needed are numbers, or lists of floats of one size")
+        return elements
 
     def __len__(self) -> int:
         return self._length
