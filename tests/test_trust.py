@@ -3,6 +3,7 @@
 import grp
 import os
 import pwd
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,16 +43,19 @@ def of_somebody_else(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
 
 
+def open_settings(folder, says):
+    """Open a run's settings; None, or what a refusal says."""
+    with pytest.raises(UserError, match=says) if says else nullcontext():
+        resolve.stored_settings(folder)
+
+
 NAMES_CODE = ["my_code:net", "package.module:Net", "größe:netz", "my_code:"]
 NAMES_NONE = ["resnet8", "torchvision:resnet18", "a b:c", "8:00"]
 
 
 @pytest.mark.parametrize("name", NAMES_CODE)
 def test_code_of_somebody_else_is_refused(stored, of_somebody_else, name):
-    with pytest.raises(
-        UserError, match=f"config.toml is not your own alone and names code, '{name}': --trust lets it run"
-    ):
-        resolve.stored_settings(stored(name))
+    open_settings(stored(name), f"config.toml is not your own alone and names code, '{name}': --trust lets it run")
 
 
 @pytest.mark.parametrize("name", NAMES_NONE)
@@ -80,11 +84,7 @@ def test_code_of_ones_own_and_trusted_code_is_accepted(stored, monkeypatch, name
 def test_code_is_found_wherever_it_is_named(stored, of_somebody_else, text, code):
     storage = stored("resnet8").storage
     storage.write("config.toml", text.encode())
-    if code is None:
-        assert resolve.stored_settings(RunFolder(storage))
-    else:
-        with pytest.raises(UserError, match=f"names code, '{code}'"):
-            resolve.stored_settings(RunFolder(storage))
+    open_settings(RunFolder(storage), code and f"names code, '{code}'")
 
 
 def opened(path, mode=0o666):
@@ -152,24 +152,16 @@ def test_code_runs_only_if_nobody_else_can_write_what_leads_to_it(stored, monkey
     monkeypatch.setattr(grp, "getgrgid", lambda number: SimpleNamespace(gr_name="staff", gr_mem=[]))
     folder = stored("my_code:net")
     change(folder.storage.local)
-    if says is None:
-        assert resolve.stored_settings(folder)
-    else:
-        with pytest.raises(UserError, match=says):
-            resolve.stored_settings(folder)
+    open_settings(folder, says)
 
 
-@pytest.mark.parametrize(("members", "is_private"), [([], True), (["me"], True), (["me", "you"], False)])
-def test_a_group_of_the_owner_alone_is_nobody_else(stored, monkeypatch, members, is_private):
+@pytest.mark.parametrize(("members", "says"), [([], None), (["me"], None), (["me", "you"], SETTINGS)])
+def test_a_group_of_the_owner_alone_is_nobody_else(stored, monkeypatch, members, says):
     monkeypatch.setattr(pwd, "getpwuid", lambda number: SimpleNamespace(pw_name="me"))
     monkeypatch.setattr(grp, "getgrgid", lambda number: SimpleNamespace(gr_name="me", gr_mem=members))
     folder = stored("my_code:net")
     opened(folder.storage.local, 0o020)
-    if is_private:
-        assert resolve.stored_settings(folder)
-    else:
-        with pytest.raises(UserError, match=SETTINGS):
-            resolve.stored_settings(folder)
+    open_settings(folder, says)
 
 
 def test_a_space_runs_only_with_modules_of_ones_own(stored, monkeypatch, tmp_path):
@@ -193,8 +185,7 @@ def test_a_link_of_somebody_else_is_not_ones_own(stored, monkeypatch, tmp_path):
         return os.stat_result((*status[:4], os.getuid() + 1, *status[5:])) if os.path.islink(path) else status
 
     monkeypatch.setattr(Path, "lstat", of_the_link)
-    with pytest.raises(UserError, match=SETTINGS):
-        resolve.stored_settings(folder)
+    open_settings(folder, SETTINGS)
 
 
 class Remote(Storage):

@@ -240,7 +240,18 @@ class _Watch(tune.Callback):
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Report a trial's settings, after freeing CPUs that a trial which died at its start would hold forever."""
         if self._nested and not any(other.status == other.RUNNING for other in trials):
-            _free_workers()
+            # Ray Train leaks its placement group for workers if its driver dies while they start.
+            import ray
+            from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
+            from ray.util.state import list_placement_groups
+
+            context = ray.get_runtime_context()
+            of_this_job = ("creator_job_id", "=", context.get_job_id())
+            # Without the address, Ray searches for a cluster and fails if several run on one machine.
+            for group in list_placement_groups(address=context.gcs_address, filters=[of_this_job], detail=True):
+                for_workers = any("CPU" in bundle["unit_resources"] for bundle in group.bundles)
+                if for_workers and group.state != "REMOVED":
+                    remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group.placement_group_id)))
         self._started(trial.config["number"], trial.config["values"])
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -258,22 +269,6 @@ class _Watch(tune.Callback):
         self._ended(number, error)
 
 
-def _free_workers() -> None:
-    """Remove this job's placement groups for workers: Ray Train leaks them if its driver dies while they start."""
-    import ray
-    from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
-    from ray.util.state import list_placement_groups
-
-    context = ray.get_runtime_context()
-    of_this_job = ("creator_job_id", "=", context.get_job_id())
-    # Without the address, Ray searches for a cluster and fails if several run on one machine.
-    groups = list_placement_groups(address=context.gcs_address, filters=[of_this_job], detail=True)
-    for group in groups:
-        for_workers = any("CPU" in bundle["unit_resources"] for bundle in group.bundles)
-        if for_workers and group.state != "REMOVED":
-            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group.placement_group_id)))
-
-
 class TrialProcess(tune.Trainable):
     """A process of Ray Tune that runs one trial after another, each in a thread that pauses at every row it reports.
 
@@ -283,9 +278,23 @@ class TrialProcess(tune.Trainable):
 
     def setup(self, config: dict[str, Any], trial: Trial, home: str) -> None:
         """Start the first trial, with the number and settings in ``config``, from the user's working folder."""
+        import torch
+
+        environment, path = dict(os.environ), [*sys.path]
+        state, threads, dtype = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
+
+        def restore() -> None:  # what a trial may change for the next: all but the modules that it imported
+            for name in os.environ.keys() - environment.keys():
+                del os.environ[name]
+            os.environ.update(environment)
+            sys.path[:] = path
+            torch.set_rng_state(state)
+            torch.set_num_threads(threads)
+            torch.set_default_dtype(dtype)
+
         self._trial = trial
         self._home = home
-        self._restore = _restoring()
+        self._restore = restore
         self._begin(config)
 
     def step(self) -> Row:
@@ -350,22 +359,3 @@ class TrialProcess(tune.Trainable):
         self._turns.acquire()
         if self._stopped:
             raise SystemExit
-
-
-def _restoring() -> Callable[[], None]:
-    """Return a function that restores what a trial may change for the next: all but the modules that it imported."""
-    import torch
-
-    environment, path = dict(os.environ), [*sys.path]
-    state, threads, dtype = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
-
-    def restore() -> None:
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
-        os.environ.update(environment)
-        sys.path[:] = path
-        torch.set_rng_state(state)
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-
-    return restore

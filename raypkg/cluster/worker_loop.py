@@ -32,6 +32,8 @@ def work(config: dict[str, Any]) -> None:
     import ray
     import torch
     import torch.distributed as dist
+    from ray.train import get_context
+    from ray.train.collective import broadcast_from_rank_zero
 
     from raypkg.engine.worker import Row, Worker
 
@@ -43,12 +45,20 @@ def work(config: dict[str, Any]) -> None:
 
         device = get_device()
         torch.cuda.set_device(device)
-    _join_process_group(config["backend"])
+    # A process group whose store, rank 0's, listens on its node's Ray address only.
+    context = get_context()
+    rank = context.get_world_rank()
+    world = context.get_world_size()
+    listener = socket.create_server((ray.util.get_node_ip_address(), 0)) if rank == 0 else None
+    host, port = broadcast_from_rank_zero(listener.getsockname() if listener else None)
+    descriptor = listener.detach() if listener else None
+    store = dist.TCPStore(host, port, world, rank == 0, PATIENCE, wait_for_workers=False, master_listen_fd=descriptor)
+    dist.init_process_group(config["backend"], store=store, rank=rank, world_size=world, timeout=PATIENCE)
 
     def report(row: Row) -> None:
         ray.get(mailbox.put.remote("row", dict(row)))  # wait, or the next row might overtake it
 
-    worker = Worker(dist.get_rank(), dist.get_world_size(), device, report)
+    worker = Worker(rank, world, device, report)
     try:
         # Begin with the task that has no answer yet: an earlier group of workers may have been lost. Rank 0 decides.
         number = worker.gather(ray.get(mailbox.next.remote()))[0]
@@ -64,20 +74,3 @@ def work(config: dict[str, Any]) -> None:
         ray.get(mailbox.put.remote("error", str(error)))
         raise
     dist.destroy_process_group()
-
-
-def _join_process_group(backend: str) -> None:
-    """Join the workers in a process group, by a store of rank 0 that listens on its node's Ray address only."""
-    import ray
-    import torch.distributed as dist
-    from ray.train import get_context
-    from ray.train.collective import broadcast_from_rank_zero
-
-    context = get_context()
-    rank = context.get_world_rank()
-    world = context.get_world_size()
-    listener = socket.create_server((ray.util.get_node_ip_address(), 0)) if rank == 0 else None
-    host, port = broadcast_from_rank_zero(listener.getsockname() if listener else None)
-    descriptor = listener.detach() if listener else None
-    store = dist.TCPStore(host, port, world, rank == 0, PATIENCE, wait_for_workers=False, master_listen_fd=descriptor)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)

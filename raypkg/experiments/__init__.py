@@ -43,13 +43,28 @@ def training_settings_of(entry: Entry) -> type[Experiment]:
 
 
 def open_run(settings: R) -> tuple[R, Samples]:
-    """Open a run's samples, which a digest in the settings must fit; return the settings to store, which pin them."""
+    """Open a run's samples; return them with the settings to store: pinned by a digest, adapted to their number."""
     with heavy_imports():  # imports only: the garbage collector is off in this block
         from raypkg.data import opening  # noqa: F401
-    from raypkg.experiments.samples import open_samples, pinned
+    from raypkg.core.config import changed
+    from raypkg.core.presets import FORMER
+    from raypkg.core.settings import Experiment
+    from raypkg.experiments.samples import open_samples
 
     samples = open_samples(settings)
-    return pinned(settings, samples), samples
+    dataset = settings.dataset
+    values: dict[str, Any] = {}
+    if dataset.digest is None:
+        values["dataset.digest"] = samples.digest(dataset)
+    if dataset.is_drawn and dataset.seed is None:
+        values["dataset.seed"] = settings.seed
+    if isinstance(settings, Experiment) and getattr(settings, "preset", FORMER) != FORMER:
+        notes = list(settings.adapted)
+        for name, (value, replaced) in settings.adaptations(len(samples.train_indices)).items():
+            values[name] = value
+            notes.append(f"{name} = {value} instead of {replaced}")
+        values["adapted"] = notes
+    return changed(settings, values), samples
 
 
 def carry_out(

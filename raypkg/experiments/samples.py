@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
-from raypkg.core.config import changed
 from raypkg.core.errors import UserError
-from raypkg.core.presets import FORMER
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset, Experiment, RunSettings
 
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from raypkg.models.classifier import Classifier
     from raypkg.models.language import LanguageModel
 
-R = TypeVar("R", bound=RunSettings)
 ROWS = 16  # of a split, that its digest covers; the same however the samples are stored
 LOOK = 512  # training samples, without labels, that prepare a new model
 LOOKED_AT = 4  # blocks that they lie in, where samples are read by blocks
@@ -89,23 +86,6 @@ def open_samples(settings: RunSettings, *, verify: bool = True) -> Samples:
         reason = "its files have changed, or its function draws without a seed"
         raise UserError(f"dataset {chosen.name!r} gives other samples than those the run began with: {reason}")
     return samples
-
-
-def pinned(settings: R, samples: Samples) -> R:
-    """Return settings with the digest of the samples, the seed of their draws, and values adapted to their number."""
-    dataset = settings.dataset
-    values: dict[str, Any] = {}
-    if dataset.digest is None:
-        values["dataset.digest"] = samples.digest(dataset)
-    if dataset.is_drawn and dataset.seed is None:
-        values["dataset.seed"] = settings.seed
-    if isinstance(settings, Experiment) and getattr(settings, "preset", FORMER) != FORMER:
-        notes = list(settings.adapted)
-        for name, (value, replaced) in settings.adaptations(len(samples.train_indices)).items():
-            values[name] = value
-            notes.append(f"{name} = {value} instead of {replaced}")
-        values["adapted"] = notes
-    return changed(settings, values)
 
 
 def samples_on(worker: Worker, settings: RunSettings) -> Samples:
