@@ -14,7 +14,7 @@ from .gradients import HeadView
 
 AT_ONCE = 16  # values computed together, or more: a product of fewer rows takes nearly as long
 AHEAD = 32  # inner products computed at once: one product reads the view once for all of them
-BLOCK = 512  # samples that are in float64 at a time: they stay in the cache
+BLOCK = 512  # samples whose gradients are summed together: they stay in the cache
 GROWTH = 64  # rows by which the room for a factor grows
 STABLE = 1e9  # Σ‖g‖² of the chosen over λ up to which ``spanned_pursuit`` keeps enough digits
 CERTAIN = 1e-9  # a probability this near to 1 is 1
@@ -421,16 +421,16 @@ def batch_means(view: HeadView, order: Tensor, size: int) -> Tensor:
     at_once = max(1, BLOCK // size)
     for start in range(0, count, at_once):
         end = min(start + at_once, count)
-        part = view[order[start * size : end * size]].double()
+        part = view[order[start * size : end * size]]
         residual = part.residual.view(end - start, size, -1)
         features = part.features.view(end - start, size, -1)
         of_weight = residual.transpose(1, 2) @ features  # [·, C, D]
         of_bias = residual.sum(dim=1)[..., None]
         means.append(torch.cat([of_weight, of_bias], dim=2).flatten(1) / size)
     if count * size < len(order):
-        rest = view[order[count * size :]].double()
+        rest = view[order[count * size :]]
         means.append(rest.mean().flatten()[None])
-    return torch.cat(means)
+    return torch.cat(means).double()
 
 
 class SampleAtoms(BatchAtoms):
