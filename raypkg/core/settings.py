@@ -48,9 +48,7 @@ class Dataset(Named):
     )
     validation: float = Field(0.1, ge=0, lt=1, description="share of the training set held out, by seed")
     augment: tuple[str, ...] | None = Field(
-        None,
-        description="crop, crop:2:reflect, flip, altflip, randaugment or module:function of an image (default: the data"
-        " set's own)",
+        None, description="crop, crop:2:reflect, flip, altflip, randaugment or module:function (default: the data's)"
     )
     only: str | None = Field(None, description="a coreset.parquet: train on its samples only, unweighted")
     noise: float = Field(0.0, ge=0, lt=1, description="share of the training labels that become another class")
@@ -113,9 +111,7 @@ class Training(Settings):
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD; beta1 of AdamW")
     nesterov: bool = Field(True, description="Nesterov's form of momentum (SGD)")
     weight_decay: float = Field(5e-4, ge=0, description="L2 penalty (SGD) or decoupled decay (AdamW)")
-    decay: Literal["all", "matrices"] = Field(
-        "all", description="decayed parameters; matrices = those of two or more dimensions: no norms, no biases"
-    )
+    decay: Literal["all", "matrices"] = Field("all", description="decayed parameters; matrices = no norms, no biases")
     clip: float | None = Field(None, gt=0, description="gradient clipping norm (default: off)")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     schedule: Schedule = "cosine"
@@ -169,8 +165,7 @@ class Train(Training):
     average: float | None = Field(None, gt=0, lt=1, description="decay per step of averaged weights, which are kept")
     evaluate_views: Literal["plain", "mirrored", "shifted"] = Field(
         "plain",
-        description="images that evaluation averages logits over: mirrored = and their mirror images; shifted = both,"
-        " and moved by one pixel",
+        description="images that evaluation averages over: mirrored = and mirrored; shifted = and moved by a pixel",
     )
     sync_bn: bool = Field(False, description="batch statistics over all workers (GPU only)")
 
@@ -192,9 +187,7 @@ class Train(Training):
 class Target(Named):
     """Samples that a selection is for."""
 
-    name: str = Field(
-        description="train, valid (held out) or a data set: table:few.csv (default: train; glister: valid)"
-    )
+    name: str = Field(description="train, valid (held out) or a data set: table:few.csv (default of glister: valid)")
 
     @property
     def is_data_set(self) -> bool:
@@ -211,9 +204,7 @@ class Select(Settings):
     fraction: Share = Field(0.1, description="share of the training samples to keep")
     balanced: bool = Field(True, description="class by class, in proportion to the classes")
     weighted: bool = Field(False, description="train with the rule's sample weights")
-    memory: float | None = Field(
-        None, ge=0, description="GiB of distances that craig caches (default: 1/4 of a worker's)"
-    )
+    memory: float | None = Field(None, ge=0, description="GiB of distances that craig caches (default: 1/4 of all)")
     target: Target | None = None
     options: dict[str, Any] = Field(default_factory=dict, description="the rule's own options")
 
@@ -242,14 +233,9 @@ class Cluster(Settings):
     """Workers and their resources."""
 
     workers: int | None = Field(
-        None,
-        ge=0,
-        description="Ray workers; 0 = this process, on its CPU, without Ray (default: up to 8; 0 for a small plan of a"
-        " registered model on one machine without GPUs)",
+        None, ge=0, description="Ray workers; 0 = this process, without Ray (default: up to 8; 0 for a small plan)"
     )
-    cpus_per_worker: Threads | None = Field(
-        None, description="CPUs of each worker (default: 1; with GPUs, a node's CPUs divided among its GPUs)"
-    )
+    cpus_per_worker: Threads | None = Field(None, description="CPUs of each worker (default: 1, or a GPU's share)")
     gpus_per_worker: float | None = Field(None, ge=0, description="GPUs of each worker (default: 1 if there are any)")
     max_failures: int = Field(3, ge=0, description="restarts of the workers after one is lost")
     strategy: Literal["ddp", "fsdp"] = Field(
