@@ -168,29 +168,54 @@ def with_a_damaged_tokenizer(place):
     (place / "tokenizer.json").write_text("{}")
 
 
+def stating(**pixels):
+    """Say beside a checkpoint of images how the values of pixels were normalised."""
+    return lambda place: (place / "preprocessor_config.json").write_text(json.dumps(pixels))
+
+
+def unchanged(place):
+    pass
+
+
+IMAGE, HALF = (3, 8, 8), [0.5] * 3
+
+
 @pytest.mark.parametrize(
-    ("damage", "match"),
+    ("kind", "shape", "damage", "match"),
     [
-        (halved, "cannot be read: .*"),
-        (with_a_damaged_tokenizer, "cannot be read: Model missing"),
-        (of_a_pickle, "cannot be read: .*no file named model.safetensors"),
-        (without_a_layer, r"lacks 16 of the network's tensors, such as bert.encoder.layer.1.*: it is incomplete"),
-        (with_another_tokenizer, r"knows 259 tokens, the data set's tokenizer has 60: give --set .*tokenizer="),
+        ("bert", TEXT, halved, "cannot be read: .*"),
+        ("bert", TEXT, with_a_damaged_tokenizer, "cannot be read: Model missing"),
+        ("bert", TEXT, of_a_pickle, "cannot be read: .*no file named model.safetensors"),
+        ("bert", TEXT, without_a_layer, r"lacks 16 of the network's tensors, such as bert.encoder.*: it is incomplete"),
+        (
+            "bert",
+            TEXT,
+            with_another_tokenizer,
+            r"knows 259 tokens, the data set's tokenizer has 60: give --set .*izer=",
+        ),
+        ("vit", IMAGE, stating(image_mean=0.5, image_std=HALF), "cannot be read: .*image_mean"),
+        ("vit", IMAGE, stating(image_mean=HALF, image_std=[0.5, 0, 0.5]), "cannot be read: .*image_std"),
+        ("vit", IMAGE, stating(image_mean=HALF[1:], image_std=HALF[1:]), "be the means and the stds of 3 channels"),
+        ("bert", (20, 61), unchanged, "knows 60 tokens, the data set's tokenizer has 61: give --set .*tokenizer="),
+        ("bert", (25, 60), unchanged, "takes 24 tokens at most, a text of the data set has up to 25: give .*length=24"),
+        ("roberta", (23, 60), unchanged, "takes 22 tokens at most"),  # the padding's position is not one of a token
+        ("bert", IMAGE, unchanged, "cannot be read: Unrecognized configuration class"),
+        ("vit", TEXT, unchanged, "is a vit, which takes no texts"),
+        ("vit", (3, 9, 9), unchanged, "cannot take inputs of shape"),
     ],
 )
-def test_a_damaged_checkpoint_is_told_in_one_line(saved, tmp_path, damage, match):
+def test_a_checkpoint_that_cannot_be_used_is_told_in_one_line(saved, tmp_path, kind, shape, damage, match):
     place = tmp_path / "checkpoint"
-    shutil.copytree(saved("bert"), place)
+    shutil.copytree(saved(kind), place)
     damage(place)
     with pytest.raises(UserError, match=match) as error:
-        build(place)
+        build(place, shape)
     assert "\n" not in str(error.value)
 
 
 def with_pixels(saved, place, **stated):
-    """Copy a checkpoint of images, and say beside it how the values of pixels were normalised."""
     shutil.copytree(saved("vit"), place)
-    (place / "preprocessor_config.json").write_text(json.dumps(stated))
+    stating(**stated)(place)
     return place
 
 
@@ -243,37 +268,6 @@ def test_where_nothing_is_known_of_its_pixels_a_checkpoint_sees_images_by_their_
         place = with_pixels(saved, tmp_path / "vit", do_normalize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     assert build(place, (3, 8, 8)).trained_with is None
     assert build(place, (3, 8, 8), weights=False).trained_with is None
-
-
-@pytest.mark.parametrize(
-    ("stated", "match"),
-    [
-        ({"image_mean": 0.5, "image_std": [0.5] * 3}, "cannot be read: .*image_mean"),
-        ({"image_mean": [0.5] * 3, "image_std": [0.5, 0, 0.5]}, "cannot be read: .*image_std"),
-        ({"image_mean": [0.5] * 2, "image_std": [0.5] * 2}, "must be the means and the stds of 3 channels"),
-    ],
-)
-def test_pixels_that_no_image_has_are_told_in_one_line(saved, tmp_path, stated, match):
-    place = with_pixels(saved, tmp_path / "vit", **stated)
-    with pytest.raises(UserError, match=match) as error:
-        build(place, (3, 8, 8))
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("kind", "shape", "match"),
-    [
-        ("bert", (20, 61), "knows 60 tokens, the data set's tokenizer has 61: give --set dataset.options.tokenizer="),
-        ("bert", (25, 60), "takes 24 tokens at most, a text of the data set has up to 25: give .*length=24"),
-        ("roberta", (23, 60), "takes 22 tokens at most"),  # the padding's position is not one of a token
-        ("bert", (3, 8, 8), "cannot be read: Unrecognized configuration class"),
-        ("vit", TEXT, "is a vit, which takes no texts"),
-        ("vit", (3, 9, 9), "cannot take inputs of shape"),
-    ],
-)
-def test_what_does_not_fit_a_checkpoint_is_told_in_one_line(saved, kind, shape, match):
-    with pytest.raises(UserError, match=match):
-        build(saved(kind), shape)
 
 
 @pytest.mark.parametrize("name", ["transformers:", "transformers:/nowhere", "transformers:no-such-model"])

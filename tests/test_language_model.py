@@ -359,39 +359,33 @@ def capped(folder):
     transformers.Gemma2ForCausalLM(config).save_pretrained(folder)
 
 
+RANKED = {"rank": 2}
+FITTING = (LENGTH, VOCABULARY)
+
+
 @pytest.mark.parametrize(
-    ("damage", "match"),
+    ("damage", "options", "shape", "match"),
     [
-        (with_nan, "maps tokens to NaN or infinity"),
-        (not_causal, "is no causal language model: its states depend on later tokens"),
-        (capped, "its logits are not linear in its last states, as with soft capping"),
+        (with_nan, {}, FITTING, "maps tokens to NaN or infinity"),
+        (not_causal, {}, FITTING, "is no causal language model: its states depend on later tokens"),
+        (capped, {}, FITTING, "its logits are not linear in its last states, as with soft capping"),
+        (
+            None,
+            {"targets": ["q_prj"], **RANKED},
+            FITTING,
+            "unknown target of LoRA 'q_prj', did you mean 'q_proj'.*down",
+        ),
+        (None, {"alpha": 1.0}, FITTING, "alpha would do nothing without adapters: give rank"),
+        (None, {"base": "bfloat16"}, FITTING, "base would do nothing without adapters"),
+        (None, {}, (LENGTH, 400), "knows 317 tokens, the data set's tokenizer has 400: give --set .*tokenizer="),
+        (None, {}, (200, VOCABULARY), "takes 128 tokens at most, a text of the data set has up to 200"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_other_checkpoints_are_told_in_one_line(place, tmp_path, damage, match):
+def test_errors_are_one_line(place, tmp_path, damage, options, shape, match):
     shutil.copytree(place / "model", tmp_path / "model")
-    damage(tmp_path / "model")
+    if damage:
+        damage(tmp_path / "model")
     with pytest.raises(UserError, match=match) as error:
-        build(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "shape", "match"),
-    [
-        ({"targets": ["q_prj"], "rank": 2}, None, "unknown target of LoRA 'q_prj', did you mean 'q_proj'.*down_proj"),
-        ({"alpha": 1.0}, None, "alpha would do nothing without adapters: give rank"),
-        ({"base": "bfloat16"}, None, "base would do nothing without adapters"),
-        (
-            {},
-            (LENGTH, 400),
-            "knows 317 tokens, the data set's tokenizer has 400: give --set dataset.options.tokenizer=",
-        ),
-        ({}, (200, VOCABULARY), "takes 128 tokens at most, a text of the data set has up to 200"),
-    ],
-)
-def test_errors_are_one_line(place, options, shape, match):
-    name = f"transformers-lm:{place / 'model'}"
-    with pytest.raises(UserError, match=match) as error:
-        build_model(name, shape or (LENGTH, VOCABULARY), 1, seed=0, options=options)
+        build_model(f"transformers-lm:{tmp_path / 'model'}", shape, 1, seed=0, options=options)
     assert "\n" not in str(error.value)
