@@ -21,10 +21,11 @@ from raypkg.core.settings import Cluster
 from raypkg.data import Data
 from raypkg.data.split import Split
 from raypkg.engine.worker import threads
+from raypkg.experiments.samples import new_model
 
 from .history import History, HistoryWriter, check_room, history_folder
 from .journal import Change, Entry, group_sizes
-from .objective import Objective
+from .objective import Objective, assign
 from .replay import ChangedStep, Periodic, replay, retrain
 from .run import Membership, RecordedRun, joined
 from .settings import ReplaySettings, RequestSettings
@@ -88,7 +89,11 @@ def answer(
         "exact": exact,
         "gradients": gradient.samples,
     }
-    return run.commit(change, w, facts, started)
+    model = new_model(run.settings, run.samples.data).double()
+    assign(model, w)
+    entry = run.journal.commit(change, model.state_dict(), facts, started)
+    run.apply(entry)
+    return entry
 
 
 def changed_members(run: RecordedRun, change: Change) -> tuple[Split, Membership, Tensor]:

@@ -24,8 +24,8 @@ from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import CONFIG, LOG, MODEL, RunFolder, write_settings
 
 from .history import History, Layout, digest, history_folder
-from .journal import CHANGE_FILE, ROWS_FILE, Change, Entry, Journal, group_sizes
-from .objective import Objective, assign, to_vector
+from .journal import CHANGE_FILE, ROWS_FILE, Entry, Journal, group_sizes
+from .objective import Objective, to_vector
 from .settings import REPLAYED, DeltaGradSettings
 
 ROWS = "rows.parquet"  # digests of the training split's rows, and its standardisation
@@ -148,7 +148,7 @@ class RecordedRun:
         self.active = torch.zeros(len(train), dtype=torch.bool)  # [ids], True for samples in use
         self.active[self.samples.train_indices] = True
         for entry in changes:
-            self._apply(entry)
+            self.apply(entry)
 
         if not of_a_script:  # deleted rows of the data set may have been blanked since
             changed = torch.from_numpy(row_digests(train) != rows["digest"].to_numpy())
@@ -195,15 +195,8 @@ class RecordedRun:
         model = new_model(self.settings, self.samples.data)
         return to_vector(saved[name].double() for name, _ in model.named_parameters())
 
-    def commit(self, change: Change, w: Tensor, facts: dict[str, Any], started: float) -> Entry:
-        """Make a change and the weights w that it leads to durable, see `Journal.commit`."""
-        model = new_model(self.settings, self.samples.data).double()
-        assign(model, w)
-        entry = self.journal.commit(change, model.state_dict(), facts, started)
-        self._apply(entry)
-        return entry
-
-    def _apply(self, entry: Entry) -> None:
+    def apply(self, entry: Entry) -> None:
+        """Take the change of an entry that the journal holds."""
         changed = self.journal.table(CHANGE_FILE.format(entry["number"]), entry["changes"])
         if entry["new"]:
             self._splits.append(self.journal.added_rows(entry))

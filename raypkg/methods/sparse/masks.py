@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from raypkg.core.errors import UserError
 from raypkg.models.operations import LAYERS
 
 Masks = dict[str, Tensor]  # parameter name → bool tensor of the parameter's shape
@@ -40,18 +39,6 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     """Return the shapes of the parameters that masks apply to."""
     return {name: weight.shape for name, weight in prunable(model).items()}
-
-
-def check_density(density: float, shapes: Shapes) -> None:
-    """Refuse a density that leaves fewer weights than there are layers, and a model without weights to mask."""
-    if not shapes:
-        raise UserError(f"density = {density:g}: the model trains no weights of linear or convolutional layers")
-    weights = sum(shape.numel() for shape in shapes.values())
-    active = round(density * weights)
-    if active < len(shapes):
-        raise UserError(
-            f"density = {density:g} of {weights:,} weights leaves {active} for {len(shapes)} layers: at least one each"
-        )
 
 
 def erk_densities(shapes: Shapes, density: float) -> Densities:

@@ -22,7 +22,6 @@ from .masks import (
     Masks,
     active_counts,
     allot,
-    check_density,
     density_of,
     drop_fraction,
     dropped,
@@ -147,7 +146,12 @@ class SparseTraining:
         if not isinstance(self.optimizer, Optimizer):
             raise UserError(f"optimizer is of type {type(optimizer).__name__}: give a torch.optim.Optimizer")
         self.weights = prunable(self.model)
-        check_density(settings.density, shapes_of(self.model))
+        total, layers = sum(weight.numel() for weight in self.weights.values()), len(self.weights)
+        given, active = f"density = {settings.density:g}", round(settings.density * total)
+        if not layers:
+            raise UserError(f"{given}: the model trains no weights of linear or convolutional layers")
+        if active < layers:
+            raise UserError(f"{given} of {total:,} weights leaves {active} for {layers} layers: at least one each")
         optimised = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
         for name, weight in self.weights.items():
             if id(weight) not in optimised:
@@ -155,8 +159,7 @@ class SparseTraining:
             if type(weight.data) is not Tensor:
                 kind = type(weight.data).__name__
                 raise UserError(f"{name} is a {kind}: SparseTraining needs whole weights, as DDP has them, not FSDP")
-        layers = (self.model.get_submodule(name.rpartition(".")[0]) for name in self.weights)
-        self._parts = {self.optimizer, *layers}
+        self._parts = {self.optimizer, *(self.model.get_submodule(name.rpartition(".")[0]) for name in self.weights)}
         if not self._parts.isdisjoint(_attached):
             raise UserError("the optimiser or a layer of the model has a SparseTraining already: finalize() ends that")
 
