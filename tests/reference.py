@@ -246,15 +246,6 @@ def grasp(model, x, y):
     return {name: w * p.view_as(w) for (name, w), p in zip(weights.items(), products, strict=True)}
 
 
-def shared_out(shares, total, room):
-    """Whole numbers in proportion to the shares, one at a time to whoever is furthest below their part."""
-    given = dict.fromkeys(shares, 0)
-    for _ in range(total):
-        open_ = [name for name in shares if given[name] < room[name]]
-        given[max(open_, key=lambda name: shares[name] * total / sum(shares.values()) - given[name])] += 1
-    return given
-
-
 def enlarged(weight, mask):
     """Each unit's weights by √(inputs / inputs that exist), one unit after another."""
     result = weight.clone()
