@@ -106,10 +106,6 @@ class KeepCheckpoints(Hook):
         """Refuse trained parameters that are not of linear layers."""
         trained_linears(run.model)
 
-    def on_epoch(self, run: Run) -> None:
-        """Forget the steps before."""
-        self.rates.clear()
-
     def on_step(self, run: Run) -> None:
         """Note the learning rate."""
         self.rates.append(run.optimizer.param_groups[0]["lr"])
@@ -118,6 +114,7 @@ class KeepCheckpoints(Hook):
         """Write the checkpoint, on rank 0."""
         if run.worker.rank == 0:
             save_checkpoint(self.storage, run.epoch, Checkpoint.of(run, sum(self.rates) / len(self.rates)))
+        self.rates.clear()
 
 
 def warm_up(settings: InstructSettings, samples: Samples, report: Report, workers: Workers) -> None:
