@@ -378,30 +378,30 @@ class SparseTraining:
             masks[name] = dropped(mask, _checked(f"drop rule {rule.name!r}", scores, active, name), leaving[name])
 
         # Grow as many weights as all layers lost: each its own, or its part by the redistribution.
-        counts = active_counts(masks)
-        arriving = {name: count - counts[name] for name, count in old_counts.items()}
-        if settings.growth and settings.redistribution:
-            rule = REGISTRIES["redistribution"][settings.redistribution.name]
-            shares = {}
-            for name, mask in masks.items():
-                momentum = self.momentum[name][mask] if name in self.momentum else None  # [k]
-                active = self.weights[name].data[mask]
-                share = rule(active, options=settings.redistribution.options, momentum=momentum)
-                if not 0 <= share < math.inf:
-                    raise UserError(f"redistribution {rule.name!r} returned {share} for {name}: {DIVERGED}")
-                shares[name] = share
-            room = {name: mask.numel() - counts[name] for name, mask in masks.items()}
-            arriving = allot(shares, sum(arriving.values()), room)
-        for name, count in arriving.items() if settings.growth else ():
-            if not count:
-                continue
-            assert settings.growth
+        if settings.growth:
+            counts = active_counts(masks)
+            arriving = {name: count - counts[name] for name, count in old_counts.items()}
+            if settings.redistribution:
+                rule = REGISTRIES["redistribution"][settings.redistribution.name]
+                shares = {}
+                for name, mask in masks.items():
+                    momentum = self.momentum[name][mask] if name in self.momentum else None  # [k]
+                    active = self.weights[name].data[mask]
+                    share = rule(active, options=settings.redistribution.options, momentum=momentum)
+                    if not 0 <= share < math.inf:
+                        raise UserError(f"redistribution {rule.name!r} returned {share} for {name}: {DIVERGED}")
+                    shares[name] = share
+                room = {name: mask.numel() - counts[name] for name, mask in masks.items()}
+                arriving = allot(shares, sum(arriving.values()), room)
             rule = REGISTRIES["growth"][settings.growth.name]
-            weight = self.weights[name]
-            inputs = {"gradient": gradients[name], "momentum": self.momentum.get(name)}
-            rng = generator(self.seed, "growth", name, self.step)
-            scores = rule(weight.data, options=settings.growth.options, rng=rng, **inputs)
-            masks[name] = grown(masks[name], _checked(f"growth rule {rule.name!r}", scores, weight, name), count)
+            for name, count in arriving.items():
+                if count:
+                    weight = self.weights[name]
+                    inputs = {"gradient": gradients[name], "momentum": self.momentum.get(name)}
+                    rng = generator(self.seed, "growth", name, self.step)
+                    scores = rule(weight.data, options=settings.growth.options, rng=rng, **inputs)
+                    scores = _checked(f"growth rule {rule.name!r}", scores, weight, name)
+                    masks[name] = grown(masks[name], scores, count)
 
         self._agree(masks)
         for name, mask in masks.items():
