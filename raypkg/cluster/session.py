@@ -71,13 +71,13 @@ def connect(settings: Cluster, *, dashboard: bool = False) -> None:
     global _owns_cluster
     address = _address(settings)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address is None:
-        options["include_dashboard"] = dashboard
-        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))  # lo; on macOS lo0
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # where training workers listen to each other
     token = Path.home() / ".ray" / "auth_token"
     is_first = not token.exists()
     try:
+        if address is None:
+            options["include_dashboard"] = dashboard
+            loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))  # lo; on macOS lo0
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # where training workers listen to each other
         with _silenced():
             ray.init(address=address or "local", **options)
     except Exception as error:  # any of Ray's processes failed; or another version, a wrong token, no raylet
