@@ -310,16 +310,14 @@ def to_toml(settings: Settings) -> str:
 
 def _plain(settings: Settings) -> dict[str, Any]:
     """Return values for TOML: None is omitted, or ``false`` if it is not the default."""
-    plain: dict[str, Any] = {}
-    dumped = settings.model_dump(mode="json")
+    plain = settings.model_dump(mode="json")
     for (name, field), (_, value) in zip(fields_of(type(settings)).items(), settings, strict=True):
         if isinstance(value, Settings):
             plain[name] = _plain(value)
-        elif value is not None:
-            if name in dumped:  # a class may omit defaults
-                plain[name] = dumped[name]
-        elif field.get_default(call_default_factory=True) is not None:
+        elif value is None and field.get_default(call_default_factory=True) is not None:
             plain[name] = False
+        elif value is None:
+            plain.pop(name, None)
     return plain
 
 

@@ -197,12 +197,8 @@ def test_options_win_over_the_preset_of_a_rule():
     given = {"select.rule": "gradmatch", "select.options.lam": 0.1, "select.every_epochs": 5}
     stored = {"select": {"rule": "gradmatch", "preset": "published", "weighted": False}}
     select = resolve(TrainSettings, stored, given).select
-    assert (select.options["lam"], select.options["relative"], select.every_epochs, select.weighted) == (
-        0.1,
-        False,
-        5,
-        False,
-    )
+    found = (select.options["lam"], select.options["relative"], select.every_epochs, select.weighted)
+    assert found == (0.1, False, 5, False)
     # a trial's preset has priority over what all trials share
     shared = resolve(TrainSettings, {"select": {"fraction": 0.1}}, {}).model_dump(mode="json")
     select = resolve(TrainSettings, shared, {"select.rule": "craig", "select.preset": "published"}).select
