@@ -4,7 +4,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from platform import node
@@ -143,22 +143,22 @@ def _unchanged(files: Collection[Place]) -> Iterator[None]:
     """Refuse files that change while they are read."""
     before = [identity_of(file) for file in files]
 
-    def refusal() -> SourceChanged | None:
-        changed = (now for now, state in zip(relisted(files), before, strict=True) if identity_of(now) != state)
-        file = next(changed, None)
-        return SourceChanged(f"{str(file)!r} changed while it was imported: run the command again") if file else None
+    def check() -> None:
+        for file, state in zip(relisted(files), before, strict=True):
+            if identity_of(file) != state:
+                raise SourceChanged(f"{str(file)!r} changed while it was imported: run the command again")
 
     try:
         yield
     except Exception as error:  # may be a mere consequence of the change
-        found = None
-        with suppress(OSError, UserError):
-            found = refusal()
-        if found:
-            raise found from error
+        try:
+            check()
+        except SourceChanged as change:
+            raise change from error
+        except (OSError, UserError):
+            pass  # the first error says more
         raise
-    if found := refusal():
-        raise found
+    check()
 
 
 def write_store(target: Target, header: Header, blocks: From, size: int = 0) -> None:
