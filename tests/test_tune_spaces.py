@@ -21,7 +21,7 @@ from raypkg.methods.sparse.settings import SparseSettings
 from raypkg.studies.driver import varied
 from raypkg.studies.spaces import SPACES as FOLDER
 from raypkg.studies.spaces import Space, check_space, open_space, read_space, space_of
-from raypkg.studies.tables import METRICS, shipped_files
+from raypkg.studies.tables import METRICS, open_table, shipped_files
 
 N = 45_000  # training samples
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))
@@ -64,7 +64,7 @@ def test_every_experiment_that_trains_can_be_swept():
     assert other.domains.keys() == open_space("train").domains.keys()
 
 
-def test_a_space_of_the_working_folder_wins(tmp_path, monkeypatch):
+def test_a_space_or_table_of_the_working_folder_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (shipped,) = (file for file in SPACES if file.stem == "crest")
     # In this clone, or in the installed package.
@@ -72,6 +72,10 @@ def test_a_space_of_the_working_folder_wins(tmp_path, monkeypatch):
     (tmp_path / "tune_spaces").mkdir()
     (tmp_path / "tune_spaces" / "crest.py").touch()
     assert shipped_files(FOLDER)["crest"] == Path("tune_spaces/crest.py")
+    (tmp_path / "tune_spaces/tables").mkdir()
+    (tmp_path / "tune_spaces/tables/crest.py").touch()
+    with pytest.raises(UserError, match=r"table 'tune_spaces/tables/crest.py' defines no function table"):
+        open_table("crest")
 
 
 def test_a_space_of_too_many_values_is_refused_before_they_are_tried():

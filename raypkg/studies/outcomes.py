@@ -157,7 +157,7 @@ class Outcomes:
             found = [self._figure(name, case, row, seed) for seed in values]
             columns[heading] = estimated(value for value in found if value is not None)
         goals = {}
-        for metric, goal in table.all_goals():
+        for metric, goal in ((metric, value) for metric, values in table.goals.items() for value in values):
             sign = 1 if METRICS[metric].mode == "max" else -1
             curves = [curve for run in runs if (curve := run.backward_curve(metric))]
             reached = [[backward for backward, value in curve if sign * value >= sign * goal] for curve in curves]

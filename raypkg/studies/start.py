@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -225,22 +226,21 @@ def plan(table: Table, config: Path | None, values: Mapping[str, Any], rate: flo
     seeds = len(table.seeds) * max(1, len(table.rates))
     total = 0
     seconds = 0.0
-    for case in table.cases:
-        for row in table.rows:
-            changes = table.trial(case, row, table.seeds[0])
-            n = check_trial(table.metric, settings, changes)
-            trial = varied(settings, changes)
-            stages = stages_of(table.experiment, trial)
-            backward = sum(stage.backward(n) for stage in stages)
-            total += seeds * backward
-            if trial.model.name in model:
-                steps = sum(stage.steps(n) for stage in stages if stage.rows)
-                computed = operations(trial.model, samples_of(trial), stages) / OPERATIONS_A_SECOND
-                seconds += seeds * (computed + STEP_SECONDS * steps + TRIAL_SECONDS)
-            else:
-                seconds = math.nan
-            place = row if case == REST else f"{row}; {case}"
-            yield f"{place}: {seeds} trials of {backward:,} samples backward"
+    for case, row in product(table.cases, table.rows):
+        changes = table.trial(case, row, table.seeds[0])
+        n = check_trial(table.metric, settings, changes)
+        trial = varied(settings, changes)
+        stages = stages_of(table.experiment, trial)
+        backward = sum(stage.backward(n) for stage in stages)
+        total += seeds * backward
+        if trial.model.name in model:
+            steps = sum(stage.steps(n) for stage in stages if stage.rows)
+            computed = operations(trial.model, samples_of(trial), stages) / OPERATIONS_A_SECOND
+            seconds += seeds * (computed + STEP_SECONDS * steps + TRIAL_SECONDS)
+        else:
+            seconds = math.nan
+        place = row if case == REST else f"{row}; {case}"
+        yield f"{place}: {seeds} trials of {backward:,} samples backward"
     trials = seeds * len(table.cases) * len(table.rows)
     hours = "" if math.isnan(seconds) else f", about {seconds / 3600:,.1f} hours on one processor core"
     if rate:
@@ -291,14 +291,12 @@ def check_comparison(table: Table, settings: Experiment) -> None:
     """Refuse a trial that a single run would refuse, or that would not measure the metric."""
     for name in table.after.values():
         imported("after function", name)
-    for case in table.cases:
-        for row in table.rows:
-            try:
-                for rate in table.rates or (None,):
-                    trial = table.trial(case, row, table.seeds[0], rate)
-                    check_trial(HELD_OUT if table.rates else table.metric, settings, trial)
-            except UserError as error:
-                raise UserError(f"row {row!r}, case {case!r}: {error}") from None
+    for case, row, rate in product(table.cases, table.rows, table.rates or (None,)):
+        try:
+            trial = table.trial(case, row, table.seeds[0], rate)
+            check_trial(HELD_OUT if table.rates else table.metric, settings, trial)
+        except UserError as error:
+            raise UserError(f"row {row!r}, case {case!r}: {error}") from None
 
 
 def check_trial(metric: str, base: Experiment, values: Values) -> int:

@@ -15,7 +15,7 @@ from hashlib import blake2b
 from typing import Any, Literal, Self
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from raypkg.core.config import Settings, first_problem, stored_values, with_current_names
 from raypkg.core.errors import UserError, unknown
@@ -25,7 +25,7 @@ from raypkg.runs.catalog import RECORD, is_study
 from raypkg.runs.folder import RunFolder, check_name, read_settings, write_settings
 from raypkg.runs.storage import PART, Storage
 
-from .tables import COSTS, MAXIMA, METRICS, ExperimentName, MetricName, current_function, identity
+from .tables import COSTS, MAXIMA, METRICS, ExperimentName, FunctionName, MetricName, identity
 
 AFTER = "after.json"  # in a trial's run folder: figures of the function that followed the finished run
 EVALUATE = "evaluate"  # the part of a phase that measures, which is no cost of the method
@@ -126,13 +126,8 @@ class Trial(BaseModel):
     settings: Values | None  # None until a searcher has proposed them
     ended: Literal["done", "stopped", "failed"] | None = None  # the state in which it last ended
     error: str | None = None
-    after: str | None = None  # the function that follows the run
+    after: FunctionName | None = None  # follows the run
     digest: str | None = None  # of its samples
-
-    @field_validator("after")
-    @classmethod
-    def _follow_renaming(cls, after: str | None) -> str | None:
-        return after and current_function(after)
 
 
 class Record(BaseModel):

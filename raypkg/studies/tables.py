@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 from inspect import iscoroutine
+from itertools import product
 from pathlib import Path
 from traceback import format_exception_only, walk_tb
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -73,9 +74,15 @@ def _as_stored(values: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
+def current_function(after: str) -> str:
+    """Return the current name of a function; stored comparisons may have an earlier one."""
+    return re.sub(r"^raypkg\.(sweeps|studies)\.deletions:", "raypkg.methods.deltagrad.experiment:", after)
+
+
 MetricName = Annotated[str, _one_of("metric", METRICS, METRICS)]
 ExperimentName = Annotated[str, _one_of("experiment", experiment, experiment.names)]
 Stored = Annotated[dict[str, Any], BeforeValidator(_as_stored)]  # settings by dotted names
+FunctionName = Annotated[str, AfterValidator(current_function)]
 Seed = Annotated[int, Field(strict=True, ge=0)]
 
 
@@ -161,7 +168,7 @@ class Table(Settings):
     # Published figures as printed: case → row → figure. Shown while no option changes the settings of the table.
     paper: dict[str, dict[str, str | int | float]] = Field({})
     # Row → package.module:function, called with the finished run; its result, figures by name, is stored.
-    after: dict[str, str] = Field({})
+    after: dict[str, FunctionName] = Field({})
     # Labels of rows that are the baseline with other amounts of training: verdicts are at equal total work.
     as_baseline: tuple[str, ...] = ()
     # A figure whose excess over 1 is the gain, such as a speed-up: verdicts are on it, not on the metric.
@@ -176,19 +183,12 @@ class Table(Settings):
 
     def places(self) -> Iterator[tuple[str, str, int, float | None]]:
         """Yield case, row, seed and rate of every trial, seed by seed: an interrupted comparison has most rows."""
-        for seed in self.seeds:
-            for case in self.cases:
-                for row in self.rows:
-                    for rate in self.rates or (None,):
-                        yield case, row, seed, rate
+        for seed, case, row, rate in product(self.seeds, self.cases, self.rows, self.rates or (None,)):
+            yield case, row, seed, rate
 
     def identity(self, case: str, row: str, seed: int, rate: float | None = None) -> str:
         """Return a text that is equal for trials that are the same run."""
         return identity(self.trial(case, row, seed, rate), self.after.get(row))
-
-    def all_goals(self) -> list[tuple[str, float]]:
-        """Return every goal as metric and value."""
-        return [(metric, float(value)) for metric, values in self.goals.items() for value in values]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -213,24 +213,20 @@ class Table(Settings):
         if short := next((metric for metric in self.goals if not METRICS[metric].each_epoch), None):
             raise UserError(f"goals: {short} is known only at the end of a run, so no goal can be reached before")
         for name in (*self.columns.values(), *filter(None, [self.gain])):
-            self._check_figure(name)
+            row, slash, cost = name.rpartition(" / ")  # of another row's bill
+            if row and row not in self.rows:
+                raise unknown("row", row, self.rows)
+            if "." in cost and not self.after:  # of a phase; functions that follow give other figures
+                slash, cost = ".", cost.rpartition(".")[2]
+            if slash and cost not in COSTS:
+                raise unknown("cost", cost, COSTS)
+            known = [*METRICS, *COMPUTED]  # methods give others, so a mistyped one alone is refused
+            if not self.after and name not in known and get_close_matches(name, known, cutoff=SIMILAR):
+                raise unknown("figure", name, known)
         trials = len(self.rows) * len(self.cases) * len(self.seeds) * max(1, len(self.rates))
         if trials > MOST_TRIALS:
             raise UserError(f"{trials:,} trials: at most {MOST_TRIALS:,}")
         return self
-
-    def _check_figure(self, name: str) -> None:
-        """Refuse a figure of another row that no bill has, and a mistyped one; methods and functions give others."""
-        row, slash, cost = name.rpartition(" / ")
-        if row and row not in self.rows:
-            raise unknown("row", row, self.rows)
-        if "." in cost and not self.after:  # of a phase
-            slash, cost = ".", cost.rpartition(".")[2]
-        if slash and cost not in COSTS:
-            raise unknown("cost", cost, COSTS)
-        known = [*METRICS, *COMPUTED]
-        if not self.after and name not in known and get_close_matches(name, known, cutoff=SIMILAR):
-            raise unknown("figure", name, known)
 
     def changed(self, **changes: Any) -> Table:
         """Return the table with other values of some fields."""
@@ -251,13 +247,7 @@ def stored_table(record: Mapping[str, Any]) -> Table:
         shared=current(table.shared),
         rows={label: current(values) for label, values in table.rows.items()},
         cases={label: current(values) for label, values in table.cases.items()},
-        after={row: current_function(name) for row, name in table.after.items()},
     )
-
-
-def current_function(after: str) -> str:
-    """Return the current name of a function; stored comparisons may have an earlier one."""
-    return re.sub(r"^raypkg\.(sweeps|studies)\.deletions:", "raypkg.methods.deltagrad.experiment:", after)
 
 
 def identity(values: Values, after: str | None) -> str:

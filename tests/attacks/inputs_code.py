@@ -43,7 +43,6 @@ MODELS = cases(
     {
         "my:nope": "module 'my' has no 'nope'",
         "my:": "unknown model or module 'my:'",
-        "my:no_default": "option 'width' needs a type and a default",
         "my:exits": "my.py, line 8, in exits: SystemExit: 3",
         "my:later": "my.py, line 20, in forward: SystemExit: None",
         "my:frozen": "has no parameter to train: it has none at all, or all of them are frozen",
@@ -67,7 +66,6 @@ OTHER_CODE = cases(
         "train --dataset my:rows": "input shape (2,): this model takes images … use 'mlp' or 'linear'",
         "train --dataset my:rows --model linear --dataset.augment crop": "are no images: leave out crop",
         "embed --cluster.workers 0 --model my:headless": "has no nn.Linear to serve as the head",
-        "lipt --model my:frozen": "has no parameter to train",
     },
     make=write_modules,
     leaves=("runs/embed",),  # empty, for the next run
@@ -100,7 +98,6 @@ SIGNATURES = cases(
     "the signature of a user's data set",
     "data mine:load",
     {
-        "def load(root): ...": "must take a keyword split",
         "def load(root, *, split, size): ...": "option 'size' needs a type and a default",
         "import raypkg.no_such": "module needs 'raypkg.no_such'",
     },
@@ -132,11 +129,7 @@ UNREACHABLE = {"WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_INIT_TIMEOUT": "1"
 MODES = cases(
     "WANDB_MODE",
     TRACKED,
-    {
-        "nonsense": "WANDB_MODE",
-        "ONLINE ": "WANDB_MODE",
-        "online": "W&B: No API key configured. Use `wandb login`",
-    },
+    {"nonsense": "WANDB_MODE", "ONLINE ": "WANDB_MODE", "online": "W&B: No API key configured. Use `wandb login`"},
     variable="WANDB_MODE",
     environment=UNREACHABLE,
 )
@@ -167,8 +160,6 @@ PROJECTS = cases(
 CACHES = cases(
     "EFFRAY_CACHE",
     "data table:rows.csv",
-    {
-        "/dev/null": "cannot build the data cache '/dev/null/",
-    },
+    {"/dev/null": "cannot build the data cache '/dev/null/"},
     variable="EFFRAY_CACHE",
 )

@@ -22,7 +22,6 @@ NAMES = cases(
         f"train --name t {QUICK}": "run 't' exists in … --resume t",
         "select --name sel --model-from t": "run 'sel' exists in",
         "tune crest --name sweep": "sweep 'sweep' exists in",
-        "train --resume=": "unknown train run in … Allowed: stopped, t",
         "train --resume=/etc": "unknown train run in … Allowed: stopped, t",
         "show ''": "unknown run in runs",
         "show 'a\nb'": "unknown run in runs",
@@ -64,9 +63,7 @@ SETTINGS = cases(
         "train --dataset.only few.parquet": "2 of the 20 samples in … few.parquet are held out here",
         "train --dataset.digest 0": "dataset 'digits' gives other samples than those",
         "train --model resnet8:": "'resnet8' takes nothing after a colon",
-        "train --hooks agent --hooks agnt": "unknown hook 'agnt', did you mean 'agent'",
         "train --select false --select.fraction 0.5": "select = false: select.fraction would do nothing",
-        f"train --seed {2**63}": "seed = '9223372036854775808': input should be an integer of at most 64 bits",
         f"train --seed 1{'0' * 5000}": "seed = '1000 … unable to parse input string as an integer, exceeded maximum",
         f"train --model {LONG}": "unknown model 'x … x'",
         "train --model builtins:print": "builtins:print: option 'sep' needs a type and a default",
@@ -81,9 +78,7 @@ SETTINGS = cases(
 )
 
 NO_NUMBERS = cases(
-    "a number that is none",
-    f"train {QUICK} --train.lr {{}}",
-    dict.fromkeys(["nan", "1e999", ""], "train.lr = "),
+    "a number that is none", f"train {QUICK} --train.lr {{}}", dict.fromkeys(["nan", "1e999", ""], "train.lr = ")
 )
 
 PAIRS = cases(
@@ -132,10 +127,7 @@ CONFIG_FILES = cases(
 CONFIGS = cases(
     "the settings file",
     "train --config {}",
-    {
-        "nowhere.toml": "cannot read the settings file 'nowhere.toml'",
-        "runs": "cannot read the settings file 'runs'",
-    },
+    {"nowhere.toml": "cannot read the settings file 'nowhere.toml'", "runs": "cannot read the settings file 'runs'"},
 )
 NO_FILES = cases(
     "what is no regular file",

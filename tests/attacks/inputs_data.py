@@ -112,12 +112,7 @@ OPTIONS = cases(
 )
 
 PACKED = cases(
-    "packed sparse rows",
-    "data libsvm:mine.bz2",
-    {
-        "cut short": (b"BZh91AY&SY\x00\x01", "mine.bz2"),
-    },
-    into="mine.bz2",
+    "packed sparse rows", "data libsvm:mine.bz2", {"cut short": (b"BZh91AY&SY\x00\x01", "mine.bz2")}, into="mine.bz2"
 )
 
 

@@ -125,7 +125,7 @@ DAMAGED = {
     "report t": {
         **each(
             "train/t/environment.json", ["cut", "[]", '{"packages": 3}', '{"started": 3}', '{"processor": []}', DEEP]
-        ),
+        )
     },
     "show l --against sel": {
         **each("lipt/l/coreset.parquet", ["gone", "cut"]),

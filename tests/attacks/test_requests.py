@@ -168,10 +168,7 @@ def test_any_file_is_a_queue_or_refused(file, content):
         ('{"delete": NaN, "id": 1}', "is not JSON: NaN is no number of JSON"),
         ('{"delete": [' + "9" * 5000 + '], "id": 1}', "is not JSON: Exceeds the limit"),
         ('{"delete": [1], "id": 1, "id": 2}', "is not JSON: a name occurs twice"),
-        (
-            '{"delete": [1], "restore": [1], "id": 1}',
-            "must be an object with one of delete, delete_where, restore,",
-        ),
+        ('{"delete": [1], "restore": [1], "id": 1}', "must be an object with one of delete, delete_where, restore,"),
         ('{"' + "x" * 100_000 + '": 1, "id": 1}', "unknown request in line 2 of"),
     ],
     ids=lambda text: text[:30],

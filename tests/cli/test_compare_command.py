@@ -3,8 +3,10 @@
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
+import click
 import pyarrow.parquet as pq
 import pytest
 
@@ -335,12 +337,15 @@ def test_a_dry_run_counts_trials_and_samples(effray, mine, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_more_than_a_hundred_trials_start_only_after_their_hours_are_known(call, tmp_path):
+def test_more_than_a_hundred_trials_start_only_after_their_hours_are_known(call, tmp_path, monkeypatch):
     asked = call("effray compare selection --dataset digits")
     assert asked.code == 2 and "there is no terminal to ask on whether to start 1824 trials: --yes" in asked.err
     assert re.fullmatch(
         r"1824 trials, 35,311,320 samples backward, about [1-9]\.\d hours on one processor core \(.*\)\n", asked.out
     )
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    monkeypatch.setattr(click, "confirm", lambda question: question != "start 1824 trials?")
+    assert call("effray compare selection --dataset digits").code == 0
     own = call("effray compare crest --rows crest --cases 'mlp*' --seeds 0 --dataset digits --dry-run").out
     assert own.endswith("5 trials, 62,228 samples backward, about 0.0 hours on one processor core\n")
     assert not (tmp_path / "runs").exists()

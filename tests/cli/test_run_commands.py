@@ -243,11 +243,7 @@ def test_list_leaves_out_what_is_no_run(call, effray):
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [
-        ("config.toml", None),
-        ("summary.json", "{"),
-        ("summary.json", '{"phases": [{"backward": "x"}], "seconds": 1}'),
-    ],
+    [("config.toml", None), ("summary.json", "{"), ("summary.json", '{"phases": [{"backward": "x"}], "seconds": 1}')],
 )
 def test_list_tells_which_file_of_a_run_is_damaged(call, effray, file, content):
     begun(done=True)
@@ -261,10 +257,7 @@ def test_list_tells_a_folder_that_cannot_be_read_and_lists_the_others(effray, fo
     begun(done=True)
     Path(folder).parent.mkdir(exist_ok=True)
     Path(folder).symlink_to(Path(folder).name)  # leads to itself
-    assert {words[0]: words[1] for words in listed(effray("list"))} == {
-        Path(folder).name: "unreadable",
-        "one": "done",
-    }
+    assert {words[0]: words[1] for words in listed(effray("list"))} == {Path(folder).name: "unreadable", "one": "done"}
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "pipe"])
@@ -490,12 +483,3 @@ def test_rm_of_a_trial_is_refused_unless_trials_are_meant(effray, refusal, sweep
         assert "tune/s is being worked on" in refusal("rm s-001 --trials --yes")
     effray("rm s-001 --trials --yes")
     assert sorted(os.listdir("runs/crest")) == ["s-000", "s-002"] and Path("runs/tune/s").exists()
-
-
-def test_a_comparison_of_many_trials_asks_before_it_starts(call, refusal, monkeypatch):
-    command = "compare crest --dataset digits --seeds 0-9"
-    assert "there is no terminal to ask on whether to start 950 trials: --yes" in refusal(command)
-    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
-    monkeypatch.setattr(click, "confirm", lambda question: question != "start 950 trials?")
-    result = call(f"effray {command}")
-    assert result.code == 0 and result.out.startswith("950 trials, ") and not Path("runs").exists()

@@ -107,14 +107,6 @@ def test_options_say_where_the_data_of_a_case_are():
     assert "dataset.name" not in case and case["crest.h"] == 10.0
 
 
-def test_one_in_the_working_folder_wins(tmp_path, monkeypatch):
-    folder = tmp_path / "tune_spaces" / "tables"
-    folder.mkdir(parents=True)
-    (folder / "crest.py").write_text(MINE.format(changes="title='mine'"))
-    monkeypatch.chdir(tmp_path)
-    assert open_table("crest").title == "mine"
-
-
 FIELDS = {
     "nope=3": "unknown setting 'nope'",
     "title='two\\nlines'": r"title = 'two\\nlines': a line of at most 200 printable",
