@@ -46,10 +46,7 @@ def test_a_deterministic_training_leaves_the_process_as_it_was(monkeypatch):
 
 def test_an_operation_without_a_deterministic_form_is_one_line():
     line = "train.deterministic = true: put_ does not have a deterministic implementation"
-    with (
-        pytest.raises(UserError, match=line),
-        arithmetic(Training(deterministic=True), CPU, fixed_shapes=True),
-    ):
+    with pytest.raises(UserError, match=line), arithmetic(Training(deterministic=True), CPU, fixed_shapes=True):
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
     with pytest.raises(RuntimeError, match="shapes"), arithmetic(Training(deterministic=True), CPU, fixed_shapes=True):
         raise RuntimeError("shapes")

@@ -186,10 +186,7 @@ class Broken(Jittered):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"data": Jittered(N - 1)},
-            "samples must be equal on all ranks, not 500 on rank 0 and 499 on rank 1",
-        ),
+        ({"data": Jittered(N - 1)}, "samples must be equal on all ranks, not 500 on rank 0 and 499 on rank 1"),
         ({"data": Jittered(seed=3)}, "labels must be equal on all ranks"),
         ({"rule": "craig"}, "rule must be equal on all ranks, not 'gradmatch' on rank 0 and 'craig' on rank 1"),
         ({"batch_size": 9}, "batch_size must be equal on all ranks, not 8 on rank 0 and 9 on rank 1"),

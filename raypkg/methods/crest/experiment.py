@@ -2,6 +2,7 @@
 
 from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
+from raypkg.core.settings import Reselect
 from raypkg.experiments import experiment
 from raypkg.experiments.phases import in_whole_batches, main_stage, outlook
 from raypkg.experiments.samples import Samples
@@ -34,15 +35,18 @@ def run(settings: CrestSettings, *, samples: Samples, report: Report, workers: W
     settings.check(len(samples.train_indices), samples.data)
     storage = report.folder.storage
     within = settings.within
+    compressed = settings.train.model_copy(update={"epochs": settings.epochs})  # the whole schedule within the budget
     match settings.selection:
         case "crest":
             crest = Named(name="crest", options=settings.crest.model_dump())
-            job = Job(settings, settings.compressed, storage, hooks=(crest,), length=within)
+            job = Job(settings, compressed, storage, hooks=(crest,), length=within)
         case "random":
-            job = Job(settings, settings.compressed, storage, length=within)
+            job = Job(settings, compressed, storage, length=within)
         case "cut":
             job = Job(settings, settings.train, storage, last=within)
         case _:
-            job = Job(settings, settings.train, storage, select=settings.reselection)
+            every = settings.every_epochs or 1
+            chosen = {"rule": settings.selection, "fraction": settings.budget, "weighted": True, "every_epochs": every}
+            job = Job(settings, settings.train, storage, select=Reselect(**chosen))
     train_on_cluster(job, samples, report, workers)
     finish(report, settings, samples, epochs=settings.train.epochs)

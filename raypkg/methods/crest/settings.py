@@ -9,16 +9,7 @@ from pydantic import Field, model_validator
 from raypkg.core.config import Settings
 from raypkg.core.errors import UserError
 from raypkg.core.presets import FORMER, PUBLISHED, PresetName, departures, presets_of
-from raypkg.core.settings import (
-    Count,
-    Epochs,
-    Experiment,
-    Reselect,
-    Schedule,
-    Share,
-    Train,
-    Training,
-)
+from raypkg.core.settings import Count, Epochs, Experiment, Schedule, Share, Train, Training
 
 BATCHES = 4  # in a random subset of "4m" and by default
 SUBSET = 0.01  # r/n in the paper
@@ -75,17 +66,12 @@ class CrestOptions(Settings):
     )
 
     @model_validator(mode="after")
-    def _of_one_choice(self) -> Self:
-        """Refuse options of another choice."""
+    def _consistent(self) -> Self:
+        """Refuse options of another choice, and those of the local model if there is none."""
         if self.choose == "colm" and self.tau:
             raise UserError(f"crest.choose = colm: crest.tau = {self.tau:g} must be 0, as every step chooses")
         if self.choose == "logits" and self.gradient != "estimate":
             raise UserError(f"crest.choose = logits: crest.gradient = {self.gradient} would do nothing")
-        return self
-
-    @model_validator(mode="after")
-    def _no_model_without_tau(self) -> Self:
-        """Refuse options of the local model if there is none."""
         for name in OF_THE_MODEL:
             value = getattr(self, name)
             default = type(self).model_fields[name].default
@@ -167,20 +153,9 @@ class CrestSettings(Experiment):
         return whole if whole and abs(exact - whole) <= 0.01 else exact
 
     @property
-    def compressed(self) -> Training:
-        """The schedule of full training, compressed into the budget's epochs, begun ones included."""
-        return self.train.model_copy(update={"epochs": ceil(self.within)})
-
-    @property
     def epochs(self) -> int:
         """Epochs to train: those of the budget, or all of them if each is on a coreset of the budget's size."""
         return ceil(self.within) if self.by_batches else self.train.epochs
-
-    @property
-    def reselection(self) -> Reselect:
-        """The selection of a baseline's coreset of the budget's size."""
-        every = self.every_epochs or 1
-        return Reselect(rule=self.selection, fraction=self.budget, weighted=True, every_epochs=every)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
