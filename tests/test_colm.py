@@ -58,8 +58,8 @@ def names_of(model, last):
     return [own[id(weight)] for weight in last.parameters]
 
 
-def losses_of(model):
-    return lambda x: model(x).losses
+def losses_of(model, x):
+    return lambda: model(x).losses
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("llama", 0), ("llama", 2), ("qwen2", 2), ("phi", 2)])
@@ -68,13 +68,13 @@ def test_gradients_of_the_last_value_projection_equal_brute_force(kind, rank):
     last = LastValues(model)
     names, before = names_of(model, last), flat(model.parameters())
     assert all("layers.2.self_attn.v_proj" in name for name in names)
-    losses, gradients = last.exact(losses_of(model), x)
+    losses, gradients = last.exact(losses_of(model, x))
     expected = reference.value_gradients(model, names, x)
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     assert losses.equal(model(x).losses.detach())
 
     z = torch.randn(last.size, generator=generator(0, "z"))
-    losses, slopes = last.slopes(losses_of(model), x, z)
+    losses, slopes = last.slopes(losses_of(model, x), z)
     above, below = (reference.losses_beside(model, names, x, sign * 1e-3 * z) for sign in (1, -1))
     assert slopes[:, 0].equal((above - below) / 2e-3)
     torch.testing.assert_close(slopes[:, 0], expected @ z, rtol=0.1, atol=0.02 * float((expected @ z).abs().max()))
@@ -86,9 +86,9 @@ def test_bfloat16_spares_the_passes_of_the_last_layer():
     model, (x, _) = network().eval(), texts(8)
     last = LastValues(model)
     z = torch.randn(last.size, generator=generator(0, "z"))
-    _, expected = last.slopes(losses_of(model), x, z)
+    _, expected = last.slopes(losses_of(model, x), z)
     with torch.autocast("cpu", torch.bfloat16):
-        _, slopes = last.slopes(losses_of(model), x, z)
+        _, slopes = last.slopes(losses_of(model, x), z)
         assert torch.is_autocast_enabled("cpu")
     assert 0 < float((slopes - expected).abs().max()) < 0.1 * float(expected.abs().max())
     narrow = LanguageModel(network().network.bfloat16())
@@ -102,9 +102,9 @@ def test_an_error_in_a_pass_leaves_the_model_as_it_was():
     bad = x.clone()
     bad[:, 0, 0] = VOCABULARY
     last = LastValues(model)
-    for compute in (last.exact, lambda losses_of, x: last.slopes(losses_of, x, torch.ones(last.size))):
+    for compute in (last.exact, lambda losses: last.slopes(losses, torch.ones(last.size))):
         with pytest.raises(IndexError):
-            compute(losses_of(model), bad)
+            compute(losses_of(model, bad))
     assert flat(model.parameters()).equal(before) and torch.is_grad_enabled()
     assert model(x).losses.requires_grad
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())

@@ -90,12 +90,12 @@ class Chooser:
         return picked
 
     def factors(self, x, direction):
-        def losses_of(inputs):
-            return self.model(inputs).losses
+        def losses():
+            return self.model(x).losses
 
         if self.kind == "estimate":
-            return self.last.slopes(losses_of, x, direction)[1]
-        return self.last.exact(losses_of, x)[1]
+            return self.last.slopes(losses, direction)[1]
+        return self.last.exact(losses)[1]
 
 
 def all_gradients(model, x):

@@ -29,8 +29,8 @@ from .quadratic import BETAS, Derive, MovingMoments, Region, flat, gradient_of
 from .selection import ActiveSamples, Chosen, Pool, Subset, choose_minibatches
 from .settings import CrestOptions
 
-LossesOf = Callable[[Any], Tensor]  # inputs of a language model → its losses [b]
-Compute = Callable[[LossesOf, Any], tuple[Tensor, Tensor]]  # and the inputs → losses [b], factors of gradients [b, k]
+Losses = Callable[[], Tensor]  # computes the losses of samples by a language model [b]
+Compute = Callable[[Losses], tuple[Tensor, Tensor]]  # → these losses [b], factors of their gradients [b, k]
 # Samples of a forward pass that chooses for a language model. Fixed, so that losses do not depend on the number of
 # workers, and small, so that none of them needs more memory than its share of a step.
 CHUNK = 8
@@ -102,7 +102,7 @@ class Loop(ABC):
         own, mine = chunks[rank::world], []
         with self.passing("select"), self.precision():
             for x, y in self.batches(subset[torch.cat(own)], "select", CHUNK) if own else ():
-                losses, factors = compute(lambda inputs, y=y: self.losses_of(inputs, y), x)  # type: ignore[misc]
+                losses, factors = compute(partial(self.losses_of, x, y))
                 mine.append((losses, factors, y.cpu() if y.dim() == 1 else torch.zeros(len(y), dtype=torch.int64)))
             everyone = self.worker.gather(mine)
         parts = [everyone[number % world][number // world] for number in range(len(chunks))]

@@ -23,7 +23,7 @@ from raypkg.coresets.per_sample import adapter_gradients
 from raypkg.data.coreset import Coreset
 from raypkg.models.language import LanguageModel
 
-from .algorithm import CrestAlgorithm, LossesOf
+from .algorithm import CrestAlgorithm, Losses
 from .quadratic import MovingMoments
 from .selection import Chosen, Pool, Subset
 
@@ -106,7 +106,7 @@ class LastValues:
                     layer.forward = forward
 
     @torch.no_grad()
-    def slopes(self, losses_of: LossesOf, x: Any, direction: Tensor) -> tuple[Tensor, Tensor]:
+    def slopes(self, losses: Losses, direction: Tensor) -> tuple[Tensor, Tensor]:
         """Return losses [b] and slopes along z [b, 1] from two forward passes; the second is of the last layer alone.
 
             g_i ≈ (ℓ_i(w + εz) − ℓ_i(w − εz)) / 2ε · z,    z ~ N(0, 1) [p], the same for all samples
@@ -116,18 +116,18 @@ class LastValues:
         step = direction * EPSILON
         with self.resumed():
             with self.moved(step):
-                above = losses_of(x).float()
+                above = losses().float()
             with self.moved(-step):
-                below = losses_of(x).float()
+                below = losses().float()
         return (above + below) / 2, ((above - below) / (2 * EPSILON))[:, None]
 
     @torch.no_grad()
-    def exact(self, losses_of: LossesOf, x: Any) -> tuple[Tensor, Tensor]:
+    def exact(self, losses: Losses) -> tuple[Tensor, Tensor]:
         """Return losses [b] and gradients [b, p], by a backward pass that ends at the projection."""
         found: list[Tensor] = []
 
-        def losses() -> Tensor:
-            found.append(losses_of(x).float())
+        def kept() -> Tensor:
+            found.append(losses().float())
             return found[0]
 
         # With all other parameters frozen, no earlier layer keeps activations.
@@ -135,7 +135,7 @@ class LastValues:
         for each in others:
             each.requires_grad_(False)
         try:
-            gradients = adapter_gradients(self.network, losses)
+            gradients = adapter_gradients(self.network, kept)
         finally:
             for each in others:
                 each.requires_grad_(True)
