@@ -54,6 +54,7 @@ def collectives(worker):
     return {
         "sum": worker.sum(torch.tensor([1.0, rank])).tolist(),
         "gather": worker.gather({"rank": worker.rank}),
+        "interleaved": worker.interleaved(range(worker.rank, 5, worker.world)),
         "first": worker.first({"rank": worker.rank}),
         "share": shared.tolist(),
         "gradient": model.weight.grad.item(),

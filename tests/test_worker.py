@@ -22,6 +22,7 @@ def test_two_workers_reach_each_other():
     assert first == second  # everyone gets the same
     assert first["sum"] == [2.0, 1.0]
     assert first["gather"] == [{"rank": 0}, {"rank": 1}]
+    assert first["interleaved"] == [0, 1, 2, 3, 4]
     assert first["first"] == {"rank": 0}
     assert first["share"] == [0.0, 0.0]  # those of rank 0
     assert first["gradient"] == 1.5  # the mean of 1 and 2

@@ -88,6 +88,12 @@ class Worker:
         dist.all_gather_object(values, value)
         return values
 
+    def interleaved(self, values: Iterable[Any]) -> list[Any]:
+        """Return the values of all workers in order: worker r of W has the picklable values r, r + W, and so on."""
+        everyone = self.gather(list(values))
+        count = sum(map(len, everyone))
+        return [everyone[number % self.world][number // self.world] for number in range(count)]
+
     def first(self, value: Any) -> Any:
         """Return rank 0's picklable value on every worker."""
         if self.world == 1:

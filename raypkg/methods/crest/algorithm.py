@@ -80,8 +80,7 @@ class Loop(ABC):
 
     def choose(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> list[Chosen]:
         """Choose a mini-batch coreset from each random subset, with these weights; None = the present ones."""
-        rank, world = self.worker.rank, self.worker.world
-        own, mine = subsets[rank::world], []
+        own, mine = subsets[self.worker.rank :: self.worker.world], []
         with self.passing("select"):
             model = self.model
             if weights is not None:
@@ -89,24 +88,21 @@ class Loop(ABC):
                 model.load_state_dict(weights)
             if own:  # one forward pass over all of them
                 mine = choose_minibatches(own, self.view(model, Subset.concat(own), "select"), self.size)
-            everyone = self.worker.gather(mine)
-        return [everyone[number % world][number // world] for number in range(len(subsets))]
+            return self.worker.interleaved(mine)
 
     def value_gradients(self, compute: Compute, subset: Subset) -> tuple[Tensor, Tensor, Tensor]:
         """Return the losses [r] of a language model, factors of their gradients [r, k] and the sources, int64 [r].
 
         ``compute`` returns the first two of a few samples, ``CHUNK`` at a time.
         """
-        rank, world = self.worker.rank, self.worker.world
         chunks = torch.arange(len(subset)).split(CHUNK)
-        own, mine = chunks[rank::world], []
+        own, mine = chunks[self.worker.rank :: self.worker.world], []
         with self.passing("select"), self.precision():
             for x, y in self.batches(subset[torch.cat(own)], "select", CHUNK) if own else ():
                 losses, factors = compute(partial(self.losses_of, x, y))
                 mine.append((losses, factors, y.cpu() if y.dim() == 1 else torch.zeros(len(y), dtype=torch.int64)))
-            everyone = self.worker.gather(mine)
-        parts = [everyone[number % world][number // world] for number in range(len(chunks))]
-        losses, factors, sources = (torch.cat(each) for each in zip(*parts, strict=True))
+            parts = zip(*self.worker.interleaved(mine), strict=True)
+        losses, factors, sources = map(torch.cat, parts)
         return losses, factors, sources
 
     def losses(self, subset: Subset) -> Tensor:

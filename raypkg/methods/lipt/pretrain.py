@@ -121,12 +121,6 @@ class Context:
             return None
         return StoredCheckpoints(self.storage / "checkpoints" / "pretrain" / name, keep=1)
 
-    def of_all_models(self, values: Sequence[Any]) -> list[Any]:
-        """Return the values of the models of all workers, in the order of their numbers."""
-        by_worker = self.worker.gather(list(values))  # worker r of W has those of r, r + W, …
-        world = self.worker.world
-        return [by_worker[number % world][number // world] for number in range(self.settings.pretrain.models)]
-
 
 # One of the models
 
@@ -339,7 +333,7 @@ def merge_round(context: Context, before: Merged, last: int, trainees: Sequence[
             if worker.world > 1:
                 tensors = [w for member in members for w in (*member.parameters.values(), *member.masks.values())]
                 merging.sent += sum(w.nbytes for w in tensors)
-            return context.of_all_models(members)
+            return worker.interleaved(members)
 
         members = [Member(parameters_of(trainee.run.model), trainee.masks) for trainee in trainees]
         merged = merge[settings.merge](start, members, total=total, gather=gather)
@@ -347,7 +341,7 @@ def merge_round(context: Context, before: Merged, last: int, trainees: Sequence[
         if {name: w.shape for name, w in merged.items()} != shapes:
             raise UserError(f"pretrain.merge = {settings.merge!r} returned other parameters or shapes than {[*shapes]}")
 
-    seconds = context.of_all_models([trainee.cost.seconds for trainee in trainees])
+    seconds = worker.interleaved(trainee.cost.seconds for trainee in trainees)
     earlier = before.trained or [0.0] * len(seconds)
     return Merged(
         parameters=merged,
@@ -361,7 +355,7 @@ def merge_round(context: Context, before: Merged, last: int, trainees: Sequence[
 def keep_seen(context: Context, storage: Storage, shards: Sequence[Tensor], trainees: Sequence[Trainee]) -> None:
     """Save one record of what the models of all workers saw, each of its own shard."""
     seen = [{name: values[each.shard] for name, values in each.recorder.state_dict().items()} for each in trainees]
-    by_model = context.of_all_models(seen)
+    by_model = context.worker.interleaved(seen)
     if context.worker.rank > 0:
         return
     recorder = Recorder(context.samples.data.train.y)
