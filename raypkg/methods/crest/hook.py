@@ -53,7 +53,8 @@ class Crest(Hook):
         self.options = options
         self.indices = indices
         self.steps = -(-len(indices) // size)  # per epoch, as on all samples
-        self.loop = RunLoop(size)
+        self.loop = RunLoop()
+        self.loop.size = size
         kind = Colm if options.choose == "colm" else CrestAlgorithm
         self.algorithm = kind(options, self.loop, indices, size, on_choice=self._note_choice)
         self.counts = torch.zeros(int(indices.max()) + 1, dtype=torch.int32)  # steps that trained on each sample
@@ -166,9 +167,6 @@ class RunLoop(Loop):
     """A run's training loop, whose passes the training workers share and bill."""
 
     run: Run
-
-    def __init__(self, size: int):
-        self.size = size
 
     def batches(
         self, subset: Subset, part: str, size: int | None = None, *, backward: bool = False
