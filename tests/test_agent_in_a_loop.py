@@ -14,9 +14,10 @@ from gloo import on_workers
 from raypkg import CoresetLoader, GradientCorrection, SparseTraining
 from raypkg.core.errors import UserError
 from raypkg.data.coreset import Coreset
-from raypkg.engine.batches import Batches
+from raypkg.engine.batches import Batch as Slice
+from raypkg.engine.batches import Batches, Epoch
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Run
 from raypkg.engine.worker import Worker
 from raypkg.methods.agent.correction import weighted_loss
 from raypkg.methods.agent.hook import Correction
@@ -114,6 +115,19 @@ def test_micro_batches_add_up():
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+class FromLoader(Hook):
+    """Gives a run the batches of a CoresetLoader."""
+
+    supplies_batches = True
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def batches(self, run):
+        found = list(self.loader)
+        return Epoch(len(found), (Slice(x, y, w, torch.arange(len(y)), len(y)) for x, y, w in found))
+
+
 def samples():
     return TensorDataset(*batch(N))
 
@@ -121,6 +135,22 @@ def samples():
 def loader_of(model):
     options = {"epochs": EPOCHS, "every_epochs": 2}
     return CoresetLoader(DataLoader(samples(), batch_size=8), model, "gradmatch", 0.5, **options)
+
+
+def test_sparse_training_on_a_coreset_loader_equals_effrays_own_run():
+    model = network()
+    optimizer = optimizer_of(model)
+    training = sparse_training(model, optimizer)
+    loader = loader_of(model)
+    for _ in range(EPOCHS):
+        for step in loader:
+            weighted_loss(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    other = network()
+    hooks = sparse()
+    theirs = fit(run(FromLoader(loader_of(other)), *hooks, model=other)).model
+    assert same(model, theirs) and training.step == STEPS
 
 
 class Loop:

@@ -134,15 +134,22 @@ def test_two_passes_at_once_are_refused():
         list(zip(loader, loader, strict=True))
 
 
-def test_the_report_says_pools_and_checks():
+def test_the_report_says_pools_checks_and_their_cost():
     model, optimizer, loader = start(**BUSY)
     assert loader.report()["rho"] is None
     train(model, optimizer, loader)
     report = loader.report()
-    rows = report["history"]
+    rows, subset = report["history"], 4 * SIZE
     assert report["checks"] == len(rows) > report["expired"] > 1
     assert report["pools"] == rows[-1]["update"] + (rows[-1]["rho"] > 0.05) * (rows[-1]["step"] < 60)
     assert (report["rho"], report["interval"] >= 1, report["active"] < N) == (rows[-1]["rho"], True, True)
+    chosen = {row["update"]: row["chosen"] for row in rows}
+    assert report["cost"]["select"] == {"forward": sum(chosen.values()) * subset, "backward": 0}
+    assert report["cost"]["check"] == {"forward": len(rows) * subset, "backward": 0}
+    assert report["cost"]["model"] == {"forward": 2 * sum(chosen.values()) * SIZE} | {
+        "backward": 2 * sum(chosen.values()) * SIZE
+    }
+    assert report["cost"]["train"] == {"forward": 60 * SIZE, "backward": 60 * SIZE}
 
 
 class Rows(Dataset):

@@ -116,6 +116,15 @@ def test_grand_by_full_gradients_keeps_the_largest_norms_of_its_twin(balanced):
         assert loader.coreset.indices.equal(twin)
 
 
+def test_a_batch_carries_its_own_samples_and_weights():
+    loader, everything = loader_of(network(), "gradmatch", 0.5, epochs=1), data()
+    weight_of = {tuple(row.tolist()): weight for x, _, w in loader for row, weight in zip(x, w.tolist(), strict=True)}
+    picked = loader.coreset
+    assert len(loader) == 4 and len(weight_of) == 60
+    for index, weight in zip(picked.indices.tolist(), picked.weights.tolist(), strict=True):
+        assert weight_of[tuple(everything[index][0].tolist())] == weight
+
+
 def test_rows_of_tensors_are_gathered_as_they_would_be_collated():
     samples = TensorDataset(torch.randn(9, 3, 4, 4).to(memory_format=torch.channels_last), torch.arange(9))
     gathered = Batches(samples, default_collate, 0)[[7, 0, 7]]
@@ -280,3 +289,24 @@ def test_an_epoch_keeps_its_weights_when_another_begins():
     for index, weight in zip(held.indices.tolist(), held.weights.tolist(), strict=True):
         row = tuple(data()[index][0].tolist())
         assert weights.get(row, weight) == weight
+
+
+class Caching(nn.Module):
+    """Makes a tensor in its first forward pass and keeps it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lazy, self.head, self.scale = nn.LazyLinear(8), nn.Linear(8, 3), None
+
+    def forward(self, x):
+        if self.scale is None:
+            self.scale = torch.ones(8)
+        return self.head(self.lazy(x).relu() * self.scale)
+
+
+def test_what_a_model_makes_during_selection_still_trains():
+    model = Caching()
+    loader = loader_of(model, "el2n", 0.5, epochs=1)
+    for x, y, _ in loader:
+        F.cross_entropy(model(x), y).backward()
+    assert model.lazy.weight.grad is not None

@@ -306,6 +306,15 @@ def test_indices_must_be_positions():
         next(iter(loader_of(data=Numbered())))
 
 
+def test_batches_bucketed_by_length_give_each_loss_to_its_own_sample():
+    loader = loader_of()
+    pool = {key: torch.cat([batch[key] for batch in loader]) for key in ("x", "indices")}
+    for places in pool["x"].norm(dim=1).argsort().split(5):  # other batches than were fetched
+        loader.record(pool["indices"][places] * 2.0, pool["indices"][places])
+    assert loader.losses[pool["indices"]].equal(pool["indices"] * 2.0)
+    assert loader.losses.isfinite().sum() == len(loader.coreset)
+
+
 def test_a_data_set_whose_length_changes_is_refused():
     data = Jittered()
     loader = loader_of(data=data)

@@ -173,6 +173,14 @@ def test_what_a_decorator_says_must_fit_the_function():
         coreset("late", sizes_itself=True)(lambda view, budget: None)
 
 
+def test_el2n_and_grand_keep_the_largest_norms():
+    p = reference.problem(30)
+    errors = (p.view.logits.softmax(dim=1) - torch.eye(4, dtype=torch.float64)[p.y]).norm(dim=1)
+    norms = reference.per_sample_gradients(p).flatten(1).norm(dim=1)
+    assert coreset["el2n"](p.view, 6).indices.equal(errors.topk(6).indices)
+    assert coreset["grand"](p.view, 6, rng=generator(0)).indices.equal(norms.topk(6).indices)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("num_classes, width", [(4, 6), (20, 30)])  # M costs less than inner products, or more
 def test_gradmatch_equals_its_slow_twin(num_classes, width, seed):
