@@ -157,15 +157,18 @@ class Outcomes:
             found = [self._figure(name, case, row, seed) for seed in values]
             columns[heading] = estimated(value for value in found if value is not None)
         goals = {}
-        for metric, goal in ((metric, value) for metric, values in table.goals.items() for value in values):
+        for metric, wanted in table.goals.items():
             sign = 1 if METRICS[metric].mode == "max" else -1
             curves = [curve for run in runs if (curve := run.backward_curve(metric))]
-            reached = [[backward for backward, value in curve if sign * value >= sign * goal] for curve in curves]
-            firsts = [backward[0] for backward in reached if backward]
-            goals[metric, goal] = GoalCost(estimated(firsts), len(firsts), len(curves))
+            for goal in wanted:
+                reached = [[backward for backward, value in curve if sign * value >= sign * goal] for curve in curves]
+                firsts = [backward[0] for backward in reached if backward]
+                goals[metric, goal] = GoalCost(estimated(firsts), len(firsts), len(curves))
         curves = [curve for run in runs if (curve := run.backward_curve(CURVE))]
-        shortest = min(map(len, curves), default=0)
-        mean_curve = np.mean([curve[:shortest] for curve in curves], 0) if curves else np.empty((0, 2))  # [epochs, 2]
+        mean_curve = np.empty((0, 2))  # [epochs, 2]
+        if curves:
+            shortest = min(map(len, curves))
+            mean_curve = np.mean([curve[:shortest] for curve in curves], 0)
         return Line(
             row=row,
             seeds=tuple(values),
@@ -193,8 +196,11 @@ class Outcomes:
 
         def points_of(label: str) -> dict[int, Point]:
             """Return total work and metric by done seed."""
-            runs = {seed: (self.done[case, label, seed], value) for seed, value in self._values(case, label).items()}
-            return {seed: (bill(run.summary)["work"], value) for seed, (run, value) in runs.items() if run.summary}
+            points = {}
+            for seed, value in self._values(case, label).items():
+                if summary := self.done[case, label, seed].summary:
+                    points[seed] = (bill(summary)["work"], value)
+            return points
 
         curves: dict[int, list[Point]] = {seed: [] for seed in table.seeds}
         for label in baselines:

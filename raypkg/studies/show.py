@@ -336,14 +336,18 @@ def _cells(table: Table, line: Line, baseline: Line, published: Mapping[str, Any
     difference = "–"
     if line.difference:
         mean, half = line.difference
-        significant = " !" if abs(mean) > half else ""
-        interval = "" if math.isnan(half) else f" ± {_signed(half, metric).lstrip('+')}{significant}"
-        difference = _signed(mean, metric) + interval
+        difference = _signed(mean, metric)
+        if not math.isnan(half):  # of one seed
+            difference += f" ± {_signed(half, metric).lstrip('+')}"
+        if abs(mean) > half:
+            difference += " !"
     verdict = line.verdict.word if line.verdict else "–"
     if line.verdict and not math.isnan(line.verdict.mean):
         verdict += f" {_signed(line.verdict.mean, table.gain or metric)}"
     mean_costs = {name: cost.mean for name, cost in line.costs.items()}  # none of a row without a finished run
-    work, work_of_baseline = (costs["work"].mean if costs else 0.0 for costs in (line.costs, baseline.costs))
+    ratio = "–"
+    if line.costs and baseline.costs and baseline.costs["work"].mean:
+        ratio = f"{line.costs['work'].mean / baseline.costs['work'].mean:.2f}"
     cells = [
         ("row", line.row),
         (metric.replace("_", " "), _estimate(line.value, metric) + some),
@@ -352,7 +356,7 @@ def _cells(table: Table, line: Line, baseline: Line, published: Mapping[str, Any
         ("samples\nforward", short(mean_costs.get("forward", math.nan))),
         ("samples\nbackward", short(mean_costs.get("backward", math.nan))),
         ("work", short(mean_costs.get("work", math.nan))),
-        ("work:\nbaseline", f"{work / work_of_baseline:.2f}" if line.costs and work_of_baseline else "–"),
+        ("work:\nbaseline", ratio),
         ("seconds", duration(mean_costs.get("seconds", math.nan))),
         ("MiB", f"{mean_costs['memory'] / 2**20:,.0f}" if mean_costs else "–"),
     ]
@@ -362,9 +366,12 @@ def _cells(table: Table, line: Line, baseline: Line, published: Mapping[str, Any
         spent = reached.backward.mean if reached.backward else math.nan
         cells.append((f"backward to\n{name} {value}", short(spent) + part))
     cells += [(heading, _estimate(figure, "")) for heading, figure in line.columns.items()]
-    cells += [("rate", _setting(line.rate))] * bool(table.rates)
+    if table.rates:
+        cells.append(("rate", _setting(line.rate)))
     cells.append(("Pareto\nfront", "yes" if line.on_front else ""))
-    return cells + [("published", str(published.get(line.row, "–")))] * bool(published)
+    if published:
+        cells.append(("published", str(published.get(line.row, "–"))))
+    return cells
 
 
 def _estimate(value: Estimate | None, metric: str) -> str:
