@@ -25,7 +25,6 @@ from raypkg.runs.document import Grid, show_run, terminal
 from raypkg.runs.folder import RunFolder, check_new, create
 from raypkg.runs.report import Stage
 from raypkg.runs.storage import Storage
-from raypkg.studies.study import study_around
 
 from .options import say
 
@@ -95,6 +94,8 @@ def _run(entry: Entry, settings: RunSettings, samples: Samples, folder: RunFolde
 
 def resume_command(folder: RunFolder, root: str) -> str:
     """Return the command that resumes a run, or its study if it is a trial."""
+    from raypkg.studies.study import study_around
+
     storage = folder.storage
     if study := study_around(storage):
         return resuming(study.command, study.storage, root)
@@ -111,6 +112,8 @@ def show_unfinished(folder: RunFolder, root: str) -> None:
 
     The code that its settings name is not imported.
     """
+    from raypkg.studies.study import study_around
+
     stages: list[Stage] = []
     storage = folder.storage
     name = storage.parent.name

@@ -185,7 +185,7 @@ def _shown(
             columns.insert(0, [cut(text, LONGEST) for text in texts])
         elif source.kind is IMAGES:
             x, _ = source.batch(rows[:PICTURES])
-            labels = [*zip(table["class"].tolist(), table[COLUMNS[settings.by]].tolist(), strict=True)][:PICTURES]
+            labels = [*zip(table["class"].tolist(), table[COLUMNS[settings.by]].tolist(), strict=True)][: len(x)]
             images = x.permute(0, 2, 3, 1).numpy()  # [m, H, W, C]
             save_plot(storage, "worst", partial(plots.gallery, [(f"The {len(labels)} worst", images, labels)]))
     except UserError as error:
