@@ -81,8 +81,10 @@ def gradmatch(
         kind = SampleAtoms if few else BatchAtoms
         atoms = kind(view, torch.arange(len(view), device=mean.device), mean, budget)
         chosen, v = matching_pursuit(atoms, energy, budget, lam=penalty, eps=eps)
-    aims = view.project(mean.to(view.features)).index_fill(0, chosen, -torch.inf)
-    indices = torch.cat([chosen, largest(aims, budget - len(chosen))])
+    indices = chosen
+    if len(chosen) < budget:
+        aims = view.project(mean.to(view.features)).index_fill(0, chosen, -torch.inf)
+        indices = torch.cat([chosen, largest(aims, budget - len(chosen))])
     if not len(chosen):
         return Coreset.uniform(indices)
     if normalise:
