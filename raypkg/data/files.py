@@ -281,16 +281,21 @@ def reading(file: Place) -> Iterator[None]:
 
 
 def check_parquet(
-    file: Place, metadata: pq.FileMetaData, groups: Iterable[int], columns: Collection[str] | None = None
+    file: Place, found: pq.ParquetFile, groups: Iterable[int], columns: Collection[str] | None = None
 ) -> None:
     """Refuse row groups of a parquet file whose columns (default: all) exceed the limit of memory, by its footer.
 
     A page of equal values takes a few bytes, whatever their number, so numbers count as they lie in memory. Texts
     count as they are encoded: their dictionary once.
     """
+    metadata = found.metadata
     leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
     size = 0
-    for group in map(metadata.row_group, groups):
+    for number in groups:
+        group = metadata.row_group(number)
+        check_read(f"table {str(file)!r}", group.total_byte_size)
+        # Asked about a damaged column, pyarrow ends the process; the reader of its first row raises an error instead.
+        next(found.iter_batches(1, row_groups=[number], columns=columns and [*columns]), None)
         size += ROW_BYTES * group.num_rows
         for i, leaf in enumerate(leaves):
             if columns is None or any(f"{leaf.path}.".startswith(f"{name}.") for name in columns):
@@ -307,10 +312,9 @@ def read_parquet(file: Place, columns: Sequence[str] | None = None) -> pa.Table:
     """
     with reading(file):
         found = pq.ParquetFile(open_input(file))
-        metadata = found.metadata
-        check_parquet(file, metadata, range(metadata.num_row_groups), columns)
+        check_parquet(file, found, range(found.num_row_groups), columns)
         texts = [field.name for field in found.schema_arrow if _is_text(field.type)]
-        table = pq.ParquetFile(open_input(file), metadata=metadata, read_dictionary=texts).read(columns)
+        table = pq.ParquetFile(open_input(file), metadata=found.metadata, read_dictionary=texts).read(columns)
         table.validate(full=True)  # texts are UTF-8
         check_distinct(table.column_names, file)
         size = 0

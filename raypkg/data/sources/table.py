@@ -223,10 +223,9 @@ class RowTable:
             yield 0, self._csv
             return
         first = 0
-        metadata = self._parquet.metadata
-        for group in range(metadata.num_row_groups):
+        for group in range(self._parquet.num_row_groups):
             with reading(self.file):
-                check_parquet(self.file, metadata, [group], self._elements)
+                check_parquet(self.file, self._parquet, [group], self._elements)
                 table = self._parquet.read_row_group(group, columns=list(self._elements))
                 table.validate()
             yield first, table
