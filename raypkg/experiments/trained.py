@@ -52,6 +52,7 @@ class Predictions(NamedTuple):
 class TrainedClassifier(Classifier):
     """A trained model with the meaning of its inputs and outputs; called directly, it takes normalised samples.
 
+    >>> from raypkg.models import build_model
     >>> split = Split.from_tensors(torch.eye(2), torch.arange(2), classes=["left", "right"])
     >>> linear = build_model("linear", split.shape, split.num_classes, seed=0)
     >>> TrainedClassifier(linear, split).predict([[0.0, 1.0], [1.0, 0.0]]).probabilities.shape
