@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from raypkg.core.errors import Interruption, UserError, shown, unknown
 from raypkg.core.seeds import generator, seeded
-from raypkg.engine.worker import Worker as Worker
+from raypkg.engine.worker import Worker as Worker  # the processes of a loop, which CREST's passes name too
 from raypkg.engine.worker import keep_freed_memory
 from raypkg.models.classifier import Tapped
 

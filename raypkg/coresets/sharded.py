@@ -39,7 +39,8 @@ from .rules import Rule, coreset
 def check_schedule(settings: Reselect, epochs: int, *, given: bool = False, has_rows: bool = False) -> None:
     """Refuse, before any work, a selection that cannot be done in a training of so many epochs.
 
-    With a ``given`` first coreset and no later selection, only the epochs are checked. ``has_rows``: see below.
+    With a ``given`` first coreset and no later selection, only the epochs are checked. ``has_rows``: the selection has
+    rows of a language model, and nothing else of it.
     """
     if settings.warm_epochs >= epochs:
         raise UserError(f"select.warm_epochs = {settings.warm_epochs} of {epochs} epochs: nothing would be selected")
@@ -62,10 +63,7 @@ def check_schedule(settings: Reselect, epochs: int, *, given: bool = False, has_
 
 
 def check_selects_once(select: Select, *, has_rows: bool = False) -> None:
-    """Refuse, before any work, a rule that acts only during training, and settings that would do nothing.
-
-    ``has_rows``: the selection has rows of a language model, and nothing else of it.
-    """
+    """Refuse, before any work, a rule that acts only during training, and settings that would do nothing."""
     _check_idle(select, has_rows)
     if coreset[select.rule].sizes_itself:
         raise UserError(f"{select.rule} acts at every epoch of a training: see `effray train --help`")
