@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -124,13 +125,32 @@ def test_a_dead_raylet_is_one_line():
         raise RuntimeError("a mistake")
 
 
+def test_only_its_own_cluster_is_shut_down_even_if_another_took_its_place(quick, monkeypatch):
+    import ray
+
+    shut = []
+    node = "its own"
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: shut.append(node))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: node))
+    monkeypatch.setattr(session, "_own_node", "")
+    session.connect(Cluster(address="local"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    session.disconnect()
+    node = "the caller's"
+    session.disconnect()
+    assert shut == ["its own"]
+
+
 @pytest.mark.parametrize(("mode", "warned"), [("token", False), ("Token", False), ("disabled", True), (None, True)])
 def test_a_cluster_without_a_token_is_reported(quick, monkeypatch, caplog, mode, warned):
     import ray
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: None)
-    monkeypatch.setattr(session, "_owns_cluster", False)
+    monkeypatch.setattr(session, "_own_node", "")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
     if mode is None:
         monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     else:

@@ -37,7 +37,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0
 SETTINGS = 4  # type of the frame with which every HTTP/2 server answers
 WITHOUT = "--cluster.workers 0 trains in this process, without Ray"
 MOST_WORKERS = 8  # by default; cluster.workers may ask for more
-_owns_cluster = False  # True once this process has started one
+_own_node = ""  # Ray's id of this machine in the cluster that this process started last
 
 
 def prepare(address: str | None = None) -> None:
@@ -68,7 +68,7 @@ def connect(settings: Cluster, *, dashboard: bool = False) -> None:
 
     if ray.is_initialized():
         return
-    global _owns_cluster
+    global _own_node
     address = _address(settings)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     token = Path.home() / ".ray" / "auth_token"
@@ -84,9 +84,10 @@ def connect(settings: Cluster, *, dashboard: bool = False) -> None:
         problem = f"cannot join the Ray cluster at {address}" if address else "Ray cannot start on this machine"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{problem}: {reason}; {WITHOUT}") from error
-    _owns_cluster = address is None
-    if _owns_cluster and is_first and token.exists():
-        token.chmod(0o600)  # Ray leaves it readable for every user of the machine
+    if address is None:
+        _own_node = ray.get_runtime_context().get_node_id()
+        if is_first and token.exists():
+            token.chmod(0o600)  # Ray leaves it readable for every user of the machine
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":  # Ray sets it where it finds or makes a token
         risk = "anyone who reaches its ports can run code as you"
         log.warning("this Ray cluster requires no token: %s; RAY_AUTH_MODE=token protects it", risk)
@@ -94,12 +95,10 @@ def connect(settings: Cluster, *, dashboard: bool = False) -> None:
 
 def disconnect() -> None:
     """Shut down the cluster that this process started, if any."""
-    global _owns_cluster
-    if _owns_cluster:
+    if owns_cluster():
         import ray
 
         ray.shutdown()
-        _owns_cluster = False
 
 
 def is_apart(settings: Cluster) -> bool:
@@ -111,8 +110,12 @@ def is_apart(settings: Cluster) -> bool:
 
 
 def owns_cluster() -> bool:
-    """Return True if this process has started the cluster, which then has no other users."""
-    return _owns_cluster
+    """Return True if effray has started the cluster in this process, which then has no other users.
+
+    A caller may have shut that one down and started another since.
+    """
+    ray = sys.modules.get("ray")
+    return bool(ray and ray.is_initialized() and ray.get_runtime_context().get_node_id() == _own_node)
 
 
 @contextmanager
