@@ -12,7 +12,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive, generator
 from raypkg.core.settings import Reselect, Training
 from raypkg.coresets.budgets import select
-from raypkg.coresets.gradients import head_view
+from raypkg.coresets.gradients import HeadView, head_view
 from raypkg.coresets.loader import CoresetLoader
 from raypkg.coresets.record import Record, Recorder
 from raypkg.coresets.rules import coreset
@@ -60,6 +60,18 @@ def run(first=None, training=PLAIN, **select_settings):
 
 def coresets(trained):
     return [picked.indices.tolist() for picked in trained.hooks[-1].coresets]
+
+
+def later(view: HeadView, budget: int, *, rng: torch.Generator, progress: float = 0.0) -> Coreset:
+    """Pick samples that tell how much of the training's six epochs was done."""
+    return Coreset.uniform(torch.arange(budget) + round(6 * progress))
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_rule_by_gradients_is_told_how_much_of_the_training_is_done(classes):
+    """Class by class, and of all samples at once."""
+    picks = coresets(fit(run(rule="test_reselection:later", every_epochs=2, balanced=classes > 1)))
+    assert [picked[0] // classes for picked in picks] == [0, 0, 2, 2, 4, 4]
 
 
 def test_random_is_drawn_once_or_at_every_epoch():

@@ -183,9 +183,9 @@ def select_coreset(
         parts = [Selection(picked.at(indices), indices, None, cost)]
     elif settings.balanced and rule.by_class:
         budgets = class_budgets(record.y[indices].bincount(), budget).tolist()
-        parts = shards.map(select_classes, scorers, settings, budgets, seed)
+        parts = shards.map(select_classes, scorers, settings, budgets, seed, progress)
     else:
-        parts = [_select_from_all(shards, scorers, settings, budget, seed)]
+        parts = [_select_from_all(shards, scorers, settings, budget, seed, progress)]
 
     # Join the parts, which are of disjoint samples, in the order of positions.
     picked = Coreset.concat([part.coreset for part in parts])
@@ -200,15 +200,17 @@ def select_coreset(
     return Selection(joined, took_part[order], torch.cat(scores)[order] if scores else None, cost)
 
 
-def select_classes(shard: Shard, scorers: Scorers, settings: Select, budgets: list[int], seed: int) -> Selection:
+def select_classes(
+    shard: Shard, scorers: Scorers, settings: Select, budgets: list[int], seed: int, progress: float
+) -> Selection:
     """Select from each class of a shard by itself: one forward pass, then the rule on the class's HeadView."""
     rule = coreset[settings.rule]
     models = [scorer.on(shard) for scorer in scorers]
     target = target_of(settings)
     reached = target.reached_by(shard) if target else None
     labels = shard.data.train.y[shard.indices]
-    memory = memory_bound(settings.memory, shard.device)
-    common: dict[str, Any] = {"seed": seed, "options": settings.options, "memory": memory, "device": shard.device}
+    common: dict[str, Any] = {"seed": seed, "options": settings.options, "progress": progress}
+    common |= {"memory": memory_bound(settings.memory, shard.device), "device": shard.device}
     # Allocated before the first class: pieces between the views of two classes would leave no room for a third view.
     members = torch.empty_like(shard.indices)
     scores = torch.empty(len(shard.indices))
@@ -273,7 +275,9 @@ def norms_of_shard(shard: Shard, scorers: Scorers) -> Tensor:
     return _mean(scorer.on(shard).norms(shard, shard.indices) for scorer in scorers)
 
 
-def _select_from_all(shards: Shards, scorers: Scorers, settings: Select, budget: int, seed: int) -> Selection:
+def _select_from_all(
+    shards: Shards, scorers: Scorers, settings: Select, budget: int, seed: int, progress: float
+) -> Selection:
     """Select from all classes at once: their logits and features are gathered from the shards."""
     target = target_of(settings)
     parts, views, targets, costs = zip(*shards.map(view_shard, scorers, target), strict=True)
@@ -293,8 +297,8 @@ def _select_from_all(shards: Shards, scorers: Scorers, settings: Select, budget:
         return torch.cat(shards.map(norms_of_shard, scorers))[order]
 
     device = scorers[0].device
-    memory = memory_bound(settings.memory, device)
-    common: dict[str, Any] = {"seed": seed, "options": settings.options, "memory": memory, "device": device}
+    common: dict[str, Any] = {"seed": seed, "options": settings.options, "progress": progress}
+    common |= {"memory": memory_bound(settings.memory, device), "device": device}
     with cost:
         aim = HeadView.concat(aims) if aims else None
         of_models = {"others": others, "full_norms": norms, **common}

@@ -23,14 +23,16 @@ from raypkg.models import build_model
 pytestmark = [pytest.mark.bench, pytest.mark.data]
 DATA = Path(os.environ.get("EFFRAY_DATA", Path(__file__).parents[3] / "shared/data"))
 BATCH, STEPS, ROUNDS = 128, 40, 7
-PAPER = {"tau": 0.05, "subset": 0.01}
+EACH_STEP = CrestOptions.former  # with the local model of `fast` where τ > 0
+FAST = {**EACH_STEP, "tau": 0.05, "subset": 0.01}
 SETTINGS = {
     "plain SGD": None,
-    "chosen at every step": {},
-    "… r 256": {"subset": 256 / 50_000},
-    "the paper's (h 1, b 5)": PAPER,
-    "h 10, b 1": {**PAPER, "h": 10, "b": 1},
-    "h 10, b 1, r 256": {**PAPER, "h": 10, "b": 1, "subset": 256 / 50_000},
+    "each-step": EACH_STEP,
+    "each-step, r 256": {**EACH_STEP, "subset": 256 / 50_000},
+    "published": {"subset": 0.01},
+    "fast, r 1 %": FAST,
+    "… h 10, b 1": {**FAST, "h": 10, "b": 1},
+    "… h 10, b 1, r 256": {**FAST, "h": 10, "b": 1, "subset": 256 / 50_000},
 }
 PARTS = ("train", "select", "model", "check")
 
@@ -69,8 +71,7 @@ def made(data, settings):
     indices = torch.arange(len(data.train))
     hooks = []
     if settings is not None:
-        options = CrestOptions(**{**CrestOptions.former, **settings})
-        crest = Crest(options, indices, BATCH)
+        crest = Crest(CrestOptions(**settings), indices, BATCH)
         crest.steps = STEPS
         hooks.append(crest)
     training = Training(epochs=ROUNDS, batch_size=BATCH, schedule="multistep", milestones=(0.6, 0.85), warmup=0.1)
