@@ -5,24 +5,27 @@ texts has trec and sst2; embeddings that are below the root already are not comp
 """
 
 import argparse
+import io
 import json
+import re
 import shutil
 import statistics
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from raypkg.cli import main
-from raypkg.methods.deltagrad import answer
-from raypkg.methods.deltagrad.requests import Request, change_of, worst_of_audit
-from raypkg.methods.deltagrad.run import open_recorded
-from raypkg.methods.deltagrad.settings import RequestSettings
-from raypkg.runs.catalog import locate
 
 SETS = ("trec", "sst2")
+VERDICT = re.compile(
+    r"gradients ([\d.]+) s.*a change of (\S+) predicted (\S+) by.*test accuracy\s+([\d.]+)% retrained ([\d.]+)%"
+    r".*gradients ([\d.]+) s",
+    re.DOTALL,
+)
 TRAIN = (
     "--dataset.noise 0.2 --dataset.scale standard --train.lr 0.3 --train.epochs 120 --train.weight_decay 0.1"
     " --train.evaluate_every_epochs 0"
@@ -59,40 +62,29 @@ def minilm(shape, num_classes, *, folder: str = ""):
     return Embedder(SentenceEmbedding(folder), nn.Linear(384, num_classes))
 
 
-def effray(*words):
-    """Run a command without workers, silently."""
+def effray(line):
+    """Return the output of a command without workers."""
+    out = io.StringIO()
     try:
-        main([*words, "--cluster.workers", "0"])
+        with redirect_stdout(out):
+            main([*line.split(), "--cluster.workers", "0"])
     except SystemExit as ended:
-        assert not ended.code, words
+        assert not ended.code, line
+    return out.getvalue()
 
 
 def summary(root, kind, name):
     return json.loads((root / kind / name / "summary.json").read_text())
 
 
-def removal(root, run, count, *, verify=False):
+def removal(root, run, count):
     """Delete the worst of the latest audit from a copy of a run; return what was predicted and what came of it."""
-    worst = worst_of_audit(locate(str(root), run), str(root), count)
     copy = root.parent / "copies" / run
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(root / "deltagrad" / run, copy)
-    with open_recorded(locate(str(root), str(copy))) as recorded:
-        settings = RequestSettings.over(recorded.settings.replay, {})
-        before = answer.held_out(recorded, worst.on)[0]
-        start = time.perf_counter()
-        answer.answer(recorded, change_of(recorded, [Request("delete", worst.ids)]), settings)
-        seconds = time.perf_counter() - start
-        figures = {
-            "predicted": worst.change,
-            "actual": answer.held_out(recorded, worst.on)[0] - before,
-            "accuracy": 100 * answer.held_out(recorded, "test")[1],
-            "seconds": seconds,
-        }
-        if verify:
-            verdict = answer.verify(recorded, settings.cluster)
-            figures |= {"retrained": 100 * verdict.retrained_accuracy, "retraining seconds": verdict.seconds}
-        return figures
+    out = effray(f"deltagrad delete {copy} --from-audit {count} --verify --root {root}")
+    names = ("seconds", "actual", "predicted", "accuracy", "retrained", "retraining seconds")
+    return dict(zip(names, map(float, VERDICT.search(out.replace(",", "")).groups()), strict=True))
 
 
 def measure(root, texts, minilm_folder, name, seed):
@@ -100,16 +92,16 @@ def measure(root, texts, minilm_folder, name, seed):
     if not (root / "embed" / rows / "summary.json").exists():
         data = f"--dataset text:{texts / name} --set dataset.options.tokenizer={minilm_folder}"
         model = f"--model audit:minilm --set model.options.folder={minilm_folder}"
-        effray(*f"embed {data} {model} --name {rows} --root {root}".split())
+        effray(f"embed {data} {model} --name {rows} --root {root}")
     for kind in ("deltagrad", "audit"):
         for old in (root / kind).glob(f"{run}*"):
             shutil.rmtree(old)
     table = f"table:{root}/embed/{rows}"
-    effray(*f"deltagrad train --dataset {table} --seed {seed} --name {run} --root {root} {TRAIN}".split())
+    effray(f"deltagrad train --dataset {table} --seed {seed} --name {run} --root {root} {TRAIN}")
     figures = {"accuracy": 100 * summary(root, "deltagrad", run)["test_accuracy"]}
     for by in ("self", "influence", "loss"):
         start = time.perf_counter()
-        effray(*f"audit {run} --by {by} --name {run}-{by} --root {root}".split())
+        effray(f"audit {run} --by {by} --name {run}-{by} --root {root}")
         figures[f"audit by {by}, seconds"] = time.perf_counter() - start
         if by == "influence":
             small = removal(root, run, 50)
@@ -118,9 +110,7 @@ def measure(root, texts, minilm_folder, name, seed):
     figures |= {key: found[key] for key in found if key.startswith("auc")}
     planted = round(found["wrong_labels"] * found["samples"])
     for part, count in (("half", planted // 2), ("all", planted)):
-        figures |= {
-            f"{part} by loss: {key}": value for key, value in removal(root, run, count, verify=part == "all").items()
-        }
+        figures |= {f"{part} by loss: {key}": value for key, value in removal(root, run, count).items()}
     print(f"== {run}: {json.dumps(figures)}", flush=True)
     return figures
 
