@@ -1,5 +1,6 @@
 """GradientCorrection in a loop of one's own, alone, with SparseTraining and with CoresetLoader."""
 
+import copy
 import io
 from functools import partial
 
@@ -128,13 +129,9 @@ class FromLoader(Hook):
         return Epoch(len(found), (Slice(x, y, w, torch.arange(len(y)), len(y)) for x, y, w in found))
 
 
-def samples():
-    return TensorDataset(*batch(N))
-
-
 def loader_of(model):
-    options = {"epochs": EPOCHS, "every_epochs": 2}
-    return CoresetLoader(DataLoader(samples(), batch_size=8), model, "gradmatch", 0.5, **options)
+    data = DataLoader(TensorDataset(*batch(N)), batch_size=8)
+    return CoresetLoader(data, model, "gradmatch", 0.5, epochs=EPOCHS, every_epochs=2)
 
 
 def test_sparse_training_on_a_coreset_loader_equals_effrays_own_run():
@@ -175,12 +172,10 @@ class Loop:
             raw = {name: weight.grad.clone() for name, weight in self.training.weights.items()}
             self.agent.correct(lambda model, step=step: weighted_loss(model, step))
             if self.training.due(self.training.step):
-                self.expected = {kind: self.change(g) for kind, g in (("raw", raw), ("corrected", self.gradients()))}
+                corrected = {name: weight.grad for name, weight in self.training.weights.items()}
+                self.expected = {"raw": self.change(raw), "corrected": self.change(corrected)}
             self.optimizer.step()
             self.optimizer.zero_grad()
-
-    def gradients(self):
-        return {name: weight.grad for name, weight in self.training.weights.items()}
 
     def change(self, gradients):
         masks = {}
@@ -191,20 +186,17 @@ class Loop:
         return masks
 
     def parts(self):
-        return self.model, self.optimizer, self.training, self.agent
-
-    def masks_are(self, kind):
-        return all(mask.equal(self.training.masks[name]) for name, mask in self.expected[kind].items())
+        return self.model, self.optimizer, self.training, self.agent, self.loader
 
 
 def test_weights_grow_on_the_raw_gradient():
-    loop = Loop()
-    grown_on_corrected = []
+    loop, found = Loop(), []
     for last in range(5, STEPS, 4):
         loop.train(last)
-        assert loop.masks_are("raw")
-        grown_on_corrected.append(loop.masks_are("corrected"))
-    assert not all(grown_on_corrected)
+        masks = loop.training.masks
+        found.append([all(map(torch.equal, loop.expected[kind].values(), masks.values())) for kind in loop.expected])
+    on_raw, on_corrected = zip(*found, strict=True)
+    assert all(on_raw) and not all(on_corrected)
     assert loop.agent.c  # negative here: the covariance of six losses may be
     assert not any(hasattr(weight, "raw_grad") for weight in loop.training.weights.values())
 
@@ -216,10 +208,10 @@ def test_stopped_within_an_epoch_and_resumed_equals_never_stopped(stop):
     first = Loop()
     first.train(stop)
     kept = io.BytesIO()
-    torch.save([each.state_dict() for each in (*first.parts(), first.loader)], kept)
+    torch.save([each.state_dict() for each in first.parts()], kept)
     kept.seek(0)
     again = Loop()
-    for each, state in zip((*again.parts(), again.loader), torch.load(kept), strict=True):
+    for each, state in zip(again.parts(), torch.load(kept), strict=True):
         each.load_state_dict(state)
     again.batches, again.position = first.batches, first.position
     again.train(STEPS)
@@ -255,20 +247,15 @@ def test_a_grad_scaler_skips_steps_without_a_trace(fused, form):
 
 
 def test_a_compiled_model_with_batch_norm_keeps_its_statistics():
-    def build():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-
-    plain, corrected = build(), build()
+    corrected = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     corrected[1].eval()  # frozen: the snapshot must not use the statistics of its batch either
-    plain[1].eval()
+    plain = copy.deepcopy(corrected)
     agent = GradientCorrection(torch.compile(corrected, backend="eager"), "measured")
     agent.snapshot(stream(0))
     before = {name: buffer.clone() for name, buffer in corrected.named_buffers()}
     step = stream(0)[0]
-    full = torch.autograd.grad(
-        sum(weighted_loss(plain, each) for each in stream(0)) / len(stream(0)), list(plain.parameters())
-    )
+    mean = sum(weighted_loss(plain, each) for each in stream(0)) / len(stream(0))
+    full = torch.autograd.grad(mean, list(plain.parameters()))
     weighted_loss(corrected, step).backward()
     agent.correct(partial(weighted_loss, batch=step))
     for parameter, expected in zip(corrected.parameters(), full, strict=True):  # at the snapshot γc = 1 leaves g̃
@@ -305,45 +292,52 @@ def test_two_ranks_train_as_one(form):
             torch.testing.assert_close(torch.tensor(mine), torch.tensor(expected), rtol=0, atol=1e-9)
 
 
-def test_what_does_not_fit_is_refused_and_changes_nothing():
-    model = network()
-    before = [weight.clone() for weight in model.parameters()]
-    for options, message in (
-        ({"form": "publishd"}, "form"),
-        ({"gamma": 2.0}, "gamma = 2.0"),
-        ({"alpha": 0.0}, "alpha = 0 with form = published would correct nothing"),
-        ({"form": "linear"}, "epochs = None with form = linear"),
-        ({"epochs": 3}, "epochs = 3 with form = published"),
-    ):
-        with pytest.raises(UserError, match=message) as raised:
-            GradientCorrection(model, **options)
-        assert "\n" not in str(raised.value)
-    with pytest.raises(UserError, match="all parameters of the model are frozen"):
-        GradientCorrection(network().requires_grad_(False))
-    agent = GradientCorrection(model, "measured")
-    with pytest.raises(UserError, match=r"no snapshot yet: call snapshot\(batches\)"):
-        agent.correct(partial(weighted_loss, batch=stream(0)[0]))
-    with pytest.raises(UserError, match="can be passed once only"):
-        agent.snapshot(iter(stream(0)))
-    for state, message in (
-        (GradientCorrection(nn.Linear(2, 2)).state_dict(), "is of another model"),
-        (GradientCorrection(model).state_dict(), "of form = published, not measured"),
-        ({}, "no 'copy'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            agent.load_state_dict(state)
-    with pytest.raises(UserError, match=r"model is of type SGD: give an nn\.Module"):
-        GradientCorrection(optimizer_of(model))
-    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+def after(*snapshots, **options):
+    """Return a correction after snapshots over batches."""
+    agent = GradientCorrection(network(), **options)
+    for batches in snapshots:
+        agent.snapshot(batches)
+    return agent
+
+
+STEP = stream(0)[0]
+PLAIN_LOSS = partial(weighted_loss, batch=STEP)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: after(form="publishd"), "form"),
+        (lambda: after(gamma=2.0), "gamma = 2.0"),
+        (lambda: after(alpha=0.0), "alpha = 0 with form = published would correct nothing"),
+        (lambda: after(form="linear"), "epochs = None with form = linear"),
+        (lambda: after(epochs=3), "epochs = 3 with form = published"),
+        (lambda: GradientCorrection(network().requires_grad_(False)), "all parameters of the model are frozen"),
+        (lambda: GradientCorrection(optimizer_of(network())), r"model is of type SGD: give an nn\.Module"),
+        (lambda: after().correct(PLAIN_LOSS), r"no snapshot yet: call snapshot\(batches\)"),
+        (lambda: after(iter(stream(0))), "can be passed once only"),
+        (lambda: after([], form="measured"), "there are no batches"),
+        (lambda: after([STEP], [STEP]), "estimate: 1 batches: c is a covariance over at least 2"),
+        (lambda: after(stream(0), stream(1), form="linear", epochs=1), "snapshot 2 of epochs = 1"),
+        (
+            lambda: after().load_state_dict(GradientCorrection(nn.Linear(2, 2)).state_dict()),
+            "is of another model",
+        ),
+        (lambda: after(form="measured").load_state_dict(after().state_dict()), "form = published, not measured"),
+        (lambda: after().load_state_dict({}), "no 'copy'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(act, message):
+    with pytest.raises(UserError, match=message) as raised:
+        act()
+    assert "\n" not in str(raised.value)
 
 
 def test_gradients_that_are_not_finite_are_refused_before_anything_changes():
     models = []
     for fails in (True, False):
-        model = network()
-        optimizer = optimizer_of(model)
-        agent = GradientCorrection(model, "measured")
-        agent.snapshot(stream(0))
+        agent = after(stream(0), form="measured")
+        model, optimizer = agent.model, optimizer_of(agent.model)
         for number, step in enumerate(stream(0)):
             if fails and number == 3:
                 (F.cross_entropy(model(step[0]), step[1]) * torch.nan).backward()
@@ -363,37 +357,13 @@ def test_gradients_that_are_not_finite_are_refused_before_anything_changes():
 
 @pytest.mark.parametrize("form", ["measured", "published"])  # c = 1 and c = 0
 def test_what_is_no_loss_of_the_snapshot_is_refused_and_changes_no_gradient(form):
-    model, data = network(), stream(0)
-    agent = GradientCorrection(model, form)
-    agent.snapshot(data)
-    weighted_loss(model, data[0]).backward()
-    before = [weight.grad.clone() for weight in model.parameters()]
-    mistakes = [
-        (lambda _: weighted_loss(model, data[0]), "does not depend on the snapshot"),
-        (lambda _: [], "returned no loss"),
-        (lambda _: None, "a loss must be a tensor with one number, not None"),
-        (lambda snapshot: snapshot(data[0][0]), r"a loss must be a tensor with one number, not \[16, 3\]"),
-    ]
+    agent = after(stream(0), form=form)
+    PLAIN_LOSS(agent.model).backward()
+    before = [weight.grad.clone() for weight in agent.model.parameters()]
+    mistakes = [(lambda _: PLAIN_LOSS(agent.model), "does not depend on the snapshot")]
     if form == "measured":
-        mistakes.append((lambda snapshot: weighted_loss(snapshot, data[0]) * torch.nan, "loss is not finite"))
+        mistakes.append((lambda snapshot: PLAIN_LOSS(snapshot) * torch.nan, "loss is not finite"))
     for mistake, message in mistakes:
         with pytest.raises(UserError, match=message):
             agent.correct(mistake)
-    assert agent.step == 0 and all(map(torch.equal, before, (weight.grad for weight in model.parameters())))
-
-
-@pytest.mark.parametrize(
-    ("form", "options", "batches", "message"),
-    [
-        ("measured", {}, [[]], "0 batches: form = measured needs at least 1"),
-        ("linear", {"epochs": 1}, [stream(0), stream(1)], "snapshot 2 of epochs = 1"),
-        ("published", {}, [stream(0)[0]], r"a batch is a Tensor, not a pair \(x, y\)"),
-        ("measured", {}, [[(x, y.float()) for x, y, _ in stream(0)]], "integer labels .*, not torch.float32"),
-        ("measured", {}, [[(x, y, torch.ones(3)) for x, y, _ in stream(0)]], r"weights w \[b\], not .* 3\]"),
-    ],
-)
-def test_snapshots_that_cannot_work_are_refused(form, options, batches, message):
-    agent = GradientCorrection(network(), form, **options)
-    with pytest.raises(UserError, match=message):
-        for each in batches:
-            agent.snapshot(each)
+    assert agent.step == 0 and all(map(torch.equal, before, (weight.grad for weight in agent.model.parameters())))

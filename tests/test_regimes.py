@@ -36,52 +36,38 @@ def test_exactly_the_share_of_labels_is_wrong_and_each_is_of_another_class():
     split = split_of([0, 1, 2, 3] * 500)
     noisy = with_wrong_labels(split, 0.4, rng())
     wrong = noisy.y != split.y
-    assert int(wrong.sum()) == 800
-    assert torch.equal(noisy.truth, split.y)
+    assert int(wrong.sum()) == 800 and torch.equal(noisy.truth, split.y)
     assert wrong_share(noisy, torch.arange(2000)) == pytest.approx(0.4)
     shifts = ((noisy.y - split.y) % 4)[wrong].bincount(minlength=4)  # uniform over the three other classes
     assert shifts[0] == 0 and shifts[1:].min() > 230
-
-
-def test_one_class_has_no_other():
     with pytest.raises(UserError, match=r"dataset\.noise = 0\.5: the data set has one class"):
         with_wrong_labels(split_of([0, 0, 0]), 0.5, rng())
 
 
-def test_class_sizes_fall_geometrically_and_no_class_is_lost():
-    y = torch.arange(5).repeat_interleave(1000)
-    sizes = y[long_tail(y, 0.01, rng())].bincount()
-    assert sizes.tolist() == [1000, 316, 100, 32, 10]
-    y = torch.tensor([0] * 100 + [1] * 3 + [2] * 50)
-    assert y[long_tail(y, 0.001, rng())].bincount().tolist() == [100, 3, 1]
+@pytest.mark.parametrize(
+    ("counts", "share", "left"),
+    [([1000] * 5, 0.01, [1000, 316, 100, 32, 10]), ([100, 3, 50], 0.001, [100, 3, 1])],
+)
+def test_class_sizes_fall_geometrically_and_no_class_is_lost(counts, share, left):
+    y = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    assert y[long_tail(y, share, rng())].bincount().tolist() == left
 
 
 def test_repeated_samples_carry_the_ids_of_the_originals():
-    data = open_data(Dataset(repeat=3))
+    train, plain = open_data(Dataset(repeat=3)).train, load_data("digits").train
+    assert len(train) == 3 * len(plain) and train.ids.tolist()[:4] == [0, 0, 0, 1]
+    assert all(map(torch.equal, train.batch([3, 4, 5]), plain.batch([1, 1, 1])))
+
+
+def test_all_together_copies_share_a_label_the_tail_is_that_of_true_labels_and_the_test_split_is_unchanged():
+    train, test = open_data(Dataset(noise=0.3, imbalance=0.1, repeat=2, seed=4))
     plain = load_data("digits")
-    assert len(data.train) == 3 * len(plain.train)
-    assert data.train.ids.tolist()[:4] == [0, 0, 0, 1]
-    x, y = data.train.batch([3, 4, 5])
-    expected, label = plain.train.batch([1, 1, 1])
-    assert torch.equal(x, expected) and torch.equal(y, label)
-
-
-def test_the_test_split_is_unchanged():
-    changed = open_data(Dataset(noise=0.3, imbalance=0.1, repeat=2, seed=0))
-    plain = load_data("digits")
-    assert torch.equal(changed.test.y, plain.test.y)
-    assert torch.equal(changed.test.batch(range(9))[0], plain.test.batch(range(9))[0])
-    assert changed.test.truth is None and changed.test.ids is None
-
-
-def test_all_together_copies_share_a_label_and_the_tail_is_that_of_true_labels():
-    data = open_data(Dataset(noise=0.3, imbalance=0.1, repeat=2, seed=4))
-    train = data.train
-    assert torch.equal(train.y[::2], train.y[1::2])
-    assert torch.equal(train.truth, load_data("digits").train.y[train.ids])
+    assert torch.equal(train.y[::2], train.y[1::2]) and torch.equal(train.truth, plain.train.y[train.ids])
     sizes = train.truth[::2].bincount()
     assert sizes[0] > 9 * sizes[9]
     assert wrong_share(train, torch.arange(len(train))) == pytest.approx(0.3, abs=0.01)
+    assert all(map(torch.equal, test.batch(range(len(test))), plain.test.batch(range(len(test)))))
+    assert test.truth is None and test.ids is None
 
 
 def test_held_out_samples_are_as_noisy_and_copies_stay_together():
@@ -94,13 +80,16 @@ def test_held_out_samples_are_as_noisy_and_copies_stay_together():
 
 def test_draws_follow_from_the_seed_of_the_run_or_their_own():
     before = torch.get_rng_state()
-    first = open_samples(settings_of(0, noise=0.4)).data.train.y
-    again = open_samples(settings_of(0, noise=0.4)).data.train.y
-    other = open_samples(settings_of(1, noise=0.4)).data.train.y
-    own = open_samples(settings_of(1, noise=0.4, seed=0)).data.train.y
-    assert torch.equal(first, again) and torch.equal(first, own)
-    assert not torch.equal(first, other)
-    assert torch.equal(before, torch.get_rng_state())
+    first, again, other, own = (
+        open_samples(settings_of(seed, noise=0.4, **own), verify=False)
+        for seed, own in ((0, {}), (0, {}), (1, {}), (1, {"seed": 0}))
+    )
+    y = first.data.train.y
+    assert torch.equal(y, again.data.train.y) and torch.equal(y, own.data.train.y)
+    assert not torch.equal(y, other.data.train.y) and torch.equal(before, torch.get_rng_state())
+    assert first.digest(Dataset()) != other.digest(Dataset())
+    with pytest.raises(UserError, match="gives other samples than those the run began with"):
+        open_samples(settings_of(1, noise=0.4, digest=first.digest(Dataset())))
 
 
 def test_stored_settings_alone_give_the_same_labels():
@@ -110,15 +99,6 @@ def test_stored_settings_alone_give_the_same_labels():
     assert torch.equal(shard.data.train.y, samples.data.train.y)
     with pytest.raises(UserError, match="drawn by a seed: give"):
         Shard(Dataset(noise=0.4), samples.train_indices, samples.held_out).data.train  # noqa: B018
-
-
-def test_the_digest_depends_on_the_labels():
-    samples = open_samples(settings_of(0, noise=0.4), verify=False)
-    other = open_samples(settings_of(1, noise=0.4), verify=False)
-    assert samples.digest(Dataset()) != other.digest(Dataset())
-    noted = samples.digest(Dataset())
-    with pytest.raises(UserError, match="gives other samples than those the run began with"):
-        open_samples(settings_of(1, noise=0.4, digest=noted))
 
 
 def test_settings_without_a_regime_are_stored_as_before_there_were_any():
@@ -131,9 +111,8 @@ def test_settings_without_a_regime_are_stored_as_before_there_were_any():
 def test_a_subset_of_a_subset_keeps_truth_and_ids():
     noisy = with_wrong_labels(split_of([0, 1] * 10), 0.5, generator(0, "noise"))
     part = subset(subset(noisy, torch.tensor([5, 6, 7])), torch.tensor([2, 0]))
-    assert part.ids.tolist() == [7, 5]
+    assert part.ids.tolist() == [7, 5] and part.batch([0])[0].item() == 7.0
     assert part.truth.tolist() == noisy.truth[[7, 5]].tolist()
-    assert part.batch([0])[0].item() == 7.0
 
 
 def test_a_coreset_narrows_a_data_set_and_its_held_out_samples_stay(tmp_path):

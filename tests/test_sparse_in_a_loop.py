@@ -8,9 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from gloo import on_workers
 from raypkg import SparseTraining
 from raypkg.core.errors import UserError
 from raypkg.data.coreset import Coreset
@@ -113,7 +111,7 @@ def test_stopped_within_an_epoch_and_resumed_equals_never_stopped(stop, growth):
 def test_a_state_is_restored_in_its_order_only():
     model, optimizer, training = attached()
     train(model, optimizer, stream()[:10])
-    masks = {name: mask.clone() for name, mask in training.masks.items()}
+    masks = copy.deepcopy(training.masks)
     for other, density, state, message in (
         (network(), 0.3, training.state_dict(), r"not zero, not \d+: make SparseTraining first"),
         (nn.Linear(D, C), 0.3, training.state_dict(), r"is of another model: \S+weight is missing in one or has"),
@@ -122,7 +120,7 @@ def test_a_state_is_restored_in_its_order_only():
     ):
         training.detach()  # its model may be attached again
         later = attached(other, density=density)[2]
-        before = {name: mask.clone() for name, mask in later.masks.items()}
+        before = copy.deepcopy(later.masks)
         with pytest.raises(UserError, match=message):
             later.load_state_dict(state)
         assert all(mask.equal(later.masks[name]) for name, mask in before.items()) and later.step == 0
@@ -153,22 +151,26 @@ def test_a_grad_scaler_changes_nothing_and_skipped_steps_do_not_count(fused, by_
     assert same_masks(training, expected) and same(model, plain)
 
 
-def test_a_closure_computes_the_gradients_that_are_masked():
+@pytest.mark.parametrize("way", ["closure", "named closure", "compiled"])
+def test_closures_and_compiled_models_train_under_the_same_masks(way):
     plain, optimizer, expected = attached()
     train(plain, optimizer, stream())
-    for by_name in (False, True):
-        model, optimizer, training = attached()
-        for x, y in stream():
+    model = network()
+    called = torch.compile(model, backend="eager") if way == "compiled" else model
+    _, optimizer, training = attached(called)
+    for x, y in stream():
 
-            def closure(x=x, y=y, model=model, optimizer=optimizer):
-                optimizer.zero_grad()
-                loss = F.cross_entropy(model(x), y)
-                loss.backward()
-                return loss
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(called(x), y)
+            loss.backward()
+            return loss
 
-            loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
-            assert loss > 0
-        assert same(model, plain) and same_masks(training, expected)
+        if way == "compiled":
+            train(called, optimizer, [(x, y)])
+        else:
+            assert (optimizer.step(closure) if way == "closure" else optimizer.step(closure=closure)) > 0
+    assert same(model, plain) and same_masks(training, expected)
 
 
 def test_after_accelerate_prepared_an_optimiser_it_acts_on_whole_batches():
@@ -177,7 +179,7 @@ def test_after_accelerate_prepared_an_optimiser_it_acts_on_whole_batches():
     model = network()
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), **MOMENTUM))
     training = SparseTraining(model, optimizer, 0.3, total_steps=STEPS, update_every=4)
-    before = {name: mask.clone() for name, mask in training.masks.items()}
+    before = copy.deepcopy(training.masks)
     for x, y in stream():
         for part in (slice(0, 8), slice(8, 16)):
             with accelerator.accumulate(model):
@@ -190,42 +192,8 @@ def test_after_accelerate_prepared_an_optimiser_it_acts_on_whole_batches():
         SparseTraining(model, optimizer, 0.3, total_steps=STEPS, update_every=4)
 
 
-def test_a_compiled_model_trains_under_the_same_masks():
-    plain, optimizer, expected = attached()
-    train(plain, optimizer, stream())
-    model = network()
-    compiled = torch.compile(model, backend="eager")
-    _, optimizer, training = attached(compiled)
-    train(compiled, optimizer, stream())
-    assert same(model, plain) and same_masks(training, expected)
-
-
-def masks_on(worker):
-    """Return masks and weights of DDP on this rank's half of every batch."""
-    model = network().double()
-    wrapped = DistributedDataParallel(model) if worker.world > 1 else model
-    _, optimizer, training = attached(wrapped)
-    half = slice(worker.rank * 16 // worker.world, (worker.rank + 1) * 16 // worker.world)
-    train(wrapped, optimizer, [(x[half].double(), y[half]) for x, y in stream()])
-    return {name: mask.tolist() for name, mask in training.masks.items()}
-
-
-def test_two_ranks_hold_the_masks_of_one():
-    alone = masks_on(Worker())
-    assert on_workers(2, masks_on) == [alone, alone]
-
-
-def test_a_saliency_chooses_the_first_masks_on_a_batch():
-    training = attached(distribution="snip", batch=batch())[2]
-    hooks = sparse(sparse_init="snip")
-    fit(run(*hooks, epochs=1))
-    assert training.density == hooks[0].sparse.density
-    with pytest.raises(UserError, match=r"'snip' scores weights on a batch: give batch=\(x, y\)"):
-        attached(distribution="snip")
-
-
 def test_it_ends_with_zeros_and_leaves_the_optimiser():
-    model, optimizer, training = attached()
+    model, optimizer, training = attached(distribution="snip", batch=batch())
     train(model, optimizer, stream()[:10])
     layer = model.get_parameter(next(iter(training.masks)))
     layer.data.add_(1)  # an update from elsewhere
@@ -241,51 +209,45 @@ def test_it_ends_with_zeros_and_leaves_the_optimiser():
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing():
-    model, optimizer, _ = attached()
-    before = [weight.clone() for weight in model.parameters()]
+    trained, optimizer, _ = attached()
+    before = copy.deepcopy(trained)
     other = network()
-    shared = nn.Sequential(nn.Linear(D, D), *model.features)
+    shared = nn.Sequential(nn.Linear(D, D), *trained.features)
     sharded = nn.Linear(D, C)
     sharded.weight = nn.Parameter(sharded.weight.data.as_subclass(type("Sharded", (torch.Tensor,), {})))
     alien = torch.optim.SGD(network().parameters(), 0.1)
     frozen = nn.Sequential(nn.BatchNorm1d(D))
-    fitting = (other, torch.optim.SGD(other.parameters(), 0.1))
-    good = {"total_steps": STEPS, "update_every": 4}
-    for arguments, options, message in (
-        ((model, optimizer), good, "has a SparseTraining already"),
-        ((model, torch.optim.SGD(model.parameters(), 0.1)), good, "has a SparseTraining already"),
-        ((shared, torch.optim.SGD(shared.parameters(), 0.1)), good, "or a layer of the model has a SparseTraining"),
-        (
-            (sharded, torch.optim.SGD(sharded.parameters(), 0.1)),
-            good,
-            "weight is a Sharded: SparseTraining needs whole",
-        ),
-        ((other, alien), good, r"the optimiser does not have \S+ of the model"),
-        ((alien, other), good, r"model is of type SGD: give an nn\.Module"),
-        ((other, other), good, r"optimizer is of type Classifier: give a torch\.optim\.Optimizer"),
-        ((frozen, torch.optim.SGD(frozen.parameters(), 0.1)), good, "the model trains no weights of linear"),
-        (fitting, {**good, "growth": "gradien"}, "did you mean 'gradient'"),
-        (fitting, {"total_steps": 4, "update_every": 4}, "update_every = 4 is"),
-        (fitting, {**good, "distribution": "dense"}, "would stay dense"),
+    for model, chosen, options, message in (
+        (trained, optimizer, {}, "has a SparseTraining already"),
+        (trained, None, {}, "has a SparseTraining already"),
+        (shared, None, {}, "or a layer of the model has a SparseTraining"),
+        (sharded, None, {}, "weight is a Sharded: SparseTraining needs whole"),
+        (other, alien, {}, r"the optimiser does not have \S+ of the model"),
+        (alien, optimizer, {}, r"model is of type SGD: give an nn\.Module"),
+        (frozen, None, {}, "the model trains 0 weights of 0 linear and convolutional layers"),
+        (other, None, {"density": 1e-3}, "trains 344 weights of 3 .* layers, 0 would exist: at least one each"),
+        (other, None, {"growth": "gradien"}, "did you mean 'gradient'"),
+        (other, None, {"total_steps": 4}, "update_every = 4 is"),
+        (other, None, {"distribution": "dense"}, "would stay dense"),
+        (other, None, {"distribution": "snip"}, r"'snip' scores weights on a batch: give batch=\(x, y\)"),
     ):
+        chosen = chosen or torch.optim.SGD(model.parameters(), 0.1)
         with pytest.raises(UserError, match=message) as raised:
-            SparseTraining(*arguments, **options)
+            SparseTraining(model, chosen, **{"total_steps": STEPS, "update_every": 4, **options})
         assert "\n" not in str(raised.value)
-    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
-    assert same(other, network())
+    assert same(before, trained) and same(other, network())
 
 
 @pytest.mark.parametrize("growth", ["gradient", "momentum"])
 def test_a_gradient_that_is_not_finite_is_refused_before_anything_changes(growth):
     model, optimizer, training = attached(growth=growth)
     train(model, optimizer, stream()[:4])
-    weights = [weight.clone() for weight in model.parameters()]
-    masks = {name: mask.clone() for name, mask in training.masks.items()}
+    before, masks = copy.deepcopy(model), copy.deepcopy(training.masks)
     x, y = stream()[4]
     with pytest.raises(UserError, match=r"step 4: the gradient of \S+ is not finite: lower the learning rate"):
         train(model, optimizer, [(x * torch.nan, y)])
-    assert all(torch.equal(old, new) for old, new in zip(weights, model.parameters(), strict=True))
-    assert all(mask.equal(masks[name]) for name, mask in training.masks.items()) and training.step == 4
+    assert same(before, model) and all(mask.equal(masks[name]) for name, mask in training.masks.items())
+    assert training.step == 4
     optimizer.zero_grad()
     twin, other, _ = attached(growth=growth)
     train(model, optimizer, stream()[4:])  # the loop may go on with other samples
@@ -302,10 +264,10 @@ def test_a_copy_whose_hooks_would_be_lost_is_refused(copied):
 def test_steps_beyond_the_training_keep_the_masks():
     model, optimizer, training = attached()
     train(model, optimizer, stream())
-    masks = {name: mask.clone() for name, mask in training.masks.items()}
+    masks = copy.deepcopy(training.masks)
     train(model, optimizer, stream()[:10])
-    assert training.step == STEPS + 10 and all(mask.equal(masks[name]) for name, mask in training.masks.items())
-    assert all(not model.get_parameter(name)[~mask].any() for name, mask in masks.items())
+    assert training.step == STEPS + 10
+    assert all(training.masks[name].equal(m) and not model.get_parameter(name)[~m].any() for name, m in masks.items())
 
 
 def test_an_optimiser_that_moves_pruned_weights_is_refused():

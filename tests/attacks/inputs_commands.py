@@ -68,7 +68,7 @@ SETTINGS = cases(
         f"train --model {LONG}": "unknown model 'x … x'",
         "train --model builtins:print": "builtins:print: option 'sep' needs a type and a default",
         "sparse --density 0.1 --sparse-init dense": "sparse_init = dense with growth = gradient",
-        "sparse --density 0.5 --multiplier 1000000000000": "1000000000000 of 40 epochs: at most 1,000,000 in all",
+        "sparse --density 0.5 --multiplier 1000000000000": "multiplier = '1000000000000'",
         "tune crest --space nowhere.py": "there is no space file 'nowhere.py'",
         "tune crest --resume nope": "unknown sweep in … 'nope' … Allowed: sweep",
         "tune lipt --resume sweep": "'sweep' was not begun by effray tune lipt: resume it with effray tune crest",

@@ -10,7 +10,6 @@ import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -52,57 +51,33 @@ def run(line):
 
 
 def effray(line):
-    return run(f"deltagrad {line}")
+    ended = run(f"deltagrad {line}")
+    assert ended.code == 0, ended
 
 
-def attacked(line, act, at, kinds=CHANGES, onwards=False):
+def attacked(line, act, at, kinds=CHANGES, onwards=False, **options):
     """Return how a command ends, in a process of its own, if something happens in place of an operation on the run."""
-    disk = Disk(RUN.absolute(), act, at, kinds, onwards)
+    disk = Disk(RUN.absolute(), act, at, kinds, onwards, **options)
     return forked(f"deltagrad {line}", Path.cwd(), disk.install)
-
-
-def moments(line):
-    """Return the operations at which a command is attacked, without end."""
-    return count(1, 1 if EVERY else 9 if line == LINES["stream"] else 4)
 
 
 # The run
 
 
-class Place:
-    """A folder with a recorded run that is attacked again and again."""
+def entries():
+    return [json.loads(line) for line in (RUN / "log.jsonl").read_text().splitlines()]
 
-    def __init__(self, template):
-        self._template = template
-        self.renew()
 
-    def renew(self):
-        shutil.rmtree("runs", ignore_errors=True)
-        shutil.copytree(self._template / "runs", "runs")
+def state():
+    """Return what every file of the run holds, of the log what is not of its time."""
+    files = {str(path): path.read_bytes() if path.is_file() else None for path in RUN.rglob("*")}
+    lasting = [{name: value for name, value in entry.items() if name not in PASSING} for entry in entries()]
+    return {**files, str(RUN / "log.jsonl"): lasting}
 
-    @property
-    def entries(self):
-        return [json.loads(line) for line in (RUN / "log.jsonl").read_text().splitlines()]
 
-    @property
-    def state(self):
-        """What every file of the run holds, of the log what is not of its time."""
-        files = {str(path): path.read_bytes() if path.is_file() else None for path in RUN.rglob("*")}
-        entries = [{name: value for name, value in entry.items() if name not in PASSING} for entry in self.entries]
-        return {**files, str(RUN / "log.jsonl"): entries}
-
-    def undisturbed(self, line):
-        self.renew()
-        assert effray(line).code == 0
-        state = self.state
-        self.renew()
-        return state
-
-    def finish(self, line):
-        """Open the run, and ask again for what has not been answered."""
-        assert effray("log a").code == 0
-        if line.startswith("stream") or len(self.entries) == 1:
-            assert effray(line).code == 0
+def is_unsettled():
+    """Whether the model is not that of the last entry."""
+    return entries()[-1]["model"] != Storage(str(RUN)).digest("model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -116,31 +91,39 @@ def template(tmp_path_factory):
     here = os.getcwd()
     os.chdir(folder)
     for name, options in {"a": "", "other": " --seed 1"}.items():
-        assert effray(TRAIN.format(name) + options).code == 0
+        effray(TRAIN.format(name) + options)
         shutil.rmtree(folder / f"runs/deltagrad/{name}/plots")
     os.chdir(here)
     return folder
 
 
 @pytest.fixture
-def place(template, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("rows.csv", "queue.jsonl"):
-        shutil.copy(template / name, name)
-    return Place(template)
+def renew(template, tmp_path, monkeypatch):
+    """Return a function that makes the run of this folder new again."""
+
+    def renew():
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        shutil.copytree(template, tmp_path)
+        monkeypatch.chdir(tmp_path)
+
+    renew()
+    return renew
 
 
-def attacks(place, line, act, kinds, onwards=False):
+def attacks(renew, line, act, kinds, onwards=False):
     """Yield how a command ends when attacked at each moment; afterwards it is finished, and its result compared."""
-    expected = place.undisturbed(line)
-    for number in moments(line):
-        place.renew()
+    effray(line)
+    expected = state()
+    for number in count(1, 1 if EVERY else 9 if line == LINES["stream"] else 4):
+        renew()
         ended = attacked(line, act, number, kinds, onwards)
         if ended.code == 0:
             break
         yield number, ended
-        place.finish(line)
-        assert place.state == expected, number
+        effray("log a")
+        if line.startswith("stream") or len(entries()) == 1:  # what has not been answered
+            effray(line)
+        assert state() == expected, number
     assert number > FEWEST
 
 
@@ -148,36 +131,34 @@ def attacks(place, line, act, kinds, onwards=False):
 
 
 @EVERY_LINE
-def test_killed_at_any_write_a_request_is_answered_once(place, line):
-    for _, ended in attacks(place, line, death, STEPS):
+def test_killed_at_any_write_a_request_is_answered_once(renew, line):
+    for _, ended in attacks(renew, line, death, STEPS):
         assert ended.code == DEATH
 
 
 @EVERY_LINE
-def test_interrupted_at_any_write_a_request_leaves_nothing_of_itself(place, line):
+def test_interrupted_at_any_write_a_request_leaves_nothing_of_itself(renew, line):
     def interrupt():
         raise KeyboardInterrupt
 
-    before = place.state
-    for number, ended in attacks(place, line, interrupt, STEPS):
-        answered = len(place.entries) > 1
-        if line.startswith("stream"):
-            assert ended.line == "effray: interrupted; the same command answers the rest\n"
-        elif answered:
-            assert ended.line == "effray: interrupted, but the request is answered\n"
-        else:
-            assert ended.line == "effray: interrupted; the run is as it was, and the same command starts again\n"
-        assert answered or place.state == before, number
+    before = state()
+    for number, ended in attacks(renew, line, interrupt, STEPS):
+        answered = len(entries()) > 1
+        rest = "; the run is as it was, and the same command starts again"
+        rest = ", but the request is answered" if answered else rest
+        rest = "; the same command answers the rest" if line.startswith("stream") else rest
+        assert ended.line == f"effray: interrupted{rest}\n"
+        assert answered or state() == before, number
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["before the model", "after the model"])
-def test_killed_after_its_entry_a_deletion_is_in_force_for_every_reader(place, in_place, monkeypatch):
+def test_killed_after_its_entry_a_deletion_is_in_force_for_every_reader(renew, in_place):
     def death_after_the_entry():
-        if len(place.entries) == 2 and is_unsettled(place) != in_place:
+        if len(entries()) == 2 and is_unsettled() != in_place:
             death()
 
     assert attacked(LINES["delete"], death_after_the_entry, 1, STEPS, onwards=True).code == DEATH
-    assert is_unsettled(place) != in_place
+    assert is_unsettled() != in_place
     options = "--dataset table:rows.csv --model linear --train.epochs 1 --cluster.workers 0"
     for reader in (
         f"train --name b --train.from a {options}",
@@ -191,22 +172,20 @@ def test_killed_after_its_entry_a_deletion_is_in_force_for_every_reader(place, i
     if not in_place:
         with pytest.raises(UserError, match="is not the model of the last entry"):
             load_model("a")
-        assert effray(f"log {RUN.absolute()}").code == 0
+        effray(f"log {RUN.absolute()}")
     served = load_model("a").head.weight.detach()
-    place.undisturbed(LINES["delete"])
-    assert effray(LINES["delete"]).code == 0
+    renew()
+    effray(LINES["delete"])
     assert torch.equal(served, load_model("a").head.weight)
 
 
 # Disks
 
 
-def test_whatever_an_entry_names_is_on_the_disk_before_it(place):
+@pytest.mark.usefixtures("renew")
+def test_whatever_an_entry_names_is_on_the_disk_before_it():
     log = Path("operations").absolute()
-    assert (
-        forked(f"deltagrad {LINES['add']}", Path.cwd(), Disk(RUN.absolute(), at=0, kinds=ALL, log=log).install).code
-        == 0
-    )
+    assert attacked(LINES["add"], death, 0, ALL, log=log).code == 0
     operations = [line.split() for line in log.read_text().splitlines()]
     renamed = [(number, path) for number, (kind, path) in enumerate(operations) if kind == "rename"]
     files = {path.partition(".")[0] for _, path in renamed}
@@ -219,37 +198,28 @@ def test_whatever_an_entry_names_is_on_the_disk_before_it(place):
 
 
 @EVERY_LINE
-def test_a_disk_that_is_full_from_any_write_on(place, line):
-    before = place.state
-    for number, ended in attacks(place, line, full, WRITES, onwards=True):
-        message = ended.line
+def test_a_disk_that_is_full_from_any_write_on(renew, line):
+    before = state()
+    for number, ended in attacks(renew, line, full, WRITES, onwards=True):
+        message, answered = ended.line, len(entries()) > 1
         assert "cannot write" in message and ("No space left" in message or "the disk is full" in message)
-        entries = len(place.entries)
-        assert entries > 1 or place.state == before, number
-        holds = "the request is in force all the same" in message
-        assert is_unsettled(place) <= holds <= (entries > 1), message
-
-
-def is_unsettled(place):
-    """Whether the model is not that of the last entry."""
-    return place.entries[-1]["model"] != Storage(str(RUN)).digest("model.safetensors")
+        assert answered or state() == before, number
+        assert is_unsettled() <= ("the request is in force all the same" in message) <= answered, message
 
 
 @EVERY_LINE
-def test_a_disk_that_breaks_at_any_write_or_deletion(place, line):
-    for _, ended in attacks(place, line, read_only, STEPS, onwards=True):
+def test_a_disk_that_breaks_at_any_write_or_deletion(renew, line):
+    for _, ended in attacks(renew, line, read_only, STEPS, onwards=True):
         assert ended.line
 
 
-@pytest.mark.parametrize("line", ["log a", "verify a"])
-def test_a_read_only_run_can_be_looked_at(place, line):
-    assert effray(LINES["delete"]).code == 0
-    before = place.state
-    assert attacked(line, read_only, 1, onwards=True).code == 0
-    assert place.state == before
-
-
-def test_leftovers_on_a_read_only_disk_are_named(place):
+@pytest.mark.usefixtures("renew")
+def test_a_read_only_run_can_be_looked_at_and_its_leftovers_are_named():
+    effray(LINES["delete"])
+    before = state()
+    for line in ("log a", "verify a"):
+        assert attacked(line, read_only, 1, onwards=True).code == 0
+        assert state() == before
     (RUN / "versions/00007").mkdir()
     message = attacked("log a", read_only, 1, onwards=True).line
     assert "cannot delete" in message and "versions/00007': Read-only file system" in message
@@ -258,34 +228,19 @@ def test_leftovers_on_a_read_only_disk_are_named(place):
 # Damage
 
 
-class Damage(NamedTuple):
-    """What happens to a file."""
-
-    kind: str
-    position: int
-    bits: int
-
-    def befall(self, path, other):
-        content = bytearray(path.read_bytes())
-        position = self.position % max(1, len(content))
-        path.unlink()
-        if self.kind == "folder":
-            path.mkdir()
-        elif self.kind == "foreign":
-            shutil.copy(other, path)
-        elif self.kind == "empty":
-            path.touch()
-        elif self.kind == "cut":
-            path.write_bytes(content[:position])
-        elif self.kind == "gap":
-            path.write_bytes(content[:position] + content[position + self.bits :])
-        elif self.kind == "flip":
-            content[position] ^= self.bits
-            path.write_bytes(content)
+def damage(path, other, kind, position, bits):
+    content = bytearray(path.read_bytes())
+    position %= max(1, len(content))
+    flipped = content[:position] + bytes([content[position] ^ bits]) + content[position + 1 :] if content else b""
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        cut, gap = content[:position], content[:position] + content[position + bits :]
+        path.write_bytes({"foreign": other, "empty": b"", "cut": cut, "gap": gap, "flip": flipped}[kind])
 
 
 KINDS = ("flip", "flip", "flip", "gap", "cut", "missing", "empty", "folder", "foreign")
-DAMAGES = st.builds(Damage, st.sampled_from(KINDS), st.integers(0, 100_000), st.integers(1, 255))
 FILES = (
     "config.toml", "log.jsonl", "rows.parquet", "model.safetensors", "requests/00001.parquet", "requests/00002.parquet",
     "added/00002.arrow", "versions/00002/history.arrow", "versions/00002/history.digests",
@@ -298,19 +253,22 @@ def answered(template, tmp_path_factory):
     """Return a folder with two runs that have answered the same two requests."""
     root = tmp_path_factory.mktemp("answered") / "runs"
     shutil.copytree(template / "runs", root)
-    for run in ("a", "other"):
-        assert effray(f"delete {run} --ids 1,2 --root {root}").code == 0
-        assert effray(f"add {run} --data table:{template}/rows.csv --root {root}").code == 0
+    for name in ("a", "other"):
+        effray(f"delete {name} --ids 1,2 --root {root}")
+        effray(f"add {name} --data table:{template}/rows.csv --root {root}")
     return root
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
-@given(name=st.sampled_from(FILES), damage=DAMAGES)
-def test_a_damaged_file_is_named_or_the_result_is_right(answered, name, damage):
+@given(
+    name=st.sampled_from(FILES), kind=st.sampled_from(KINDS), position=st.integers(0, 100_000), bits=st.integers(1, 255)
+)
+def test_a_damaged_file_is_named_or_the_result_is_right(answered, name, kind, position, bits):
     damaged = answered.parent / "damaged"
     shutil.rmtree(damaged, ignore_errors=True)
     shutil.copytree(answered, damaged)
-    sound = effray(f"log a --root {damaged}")
-    damage.befall(damaged / "deltagrad/a" / name, damaged / "deltagrad/other" / name)
-    ended = effray(f"log a --root {damaged}")
+    sound = run(f"deltagrad log a --root {damaged}")
+    other = (damaged / "deltagrad/other" / name).read_bytes()
+    damage(damaged / "deltagrad/a" / name, other, kind, position, bits)
+    ended = run(f"deltagrad log a --root {damaged}")
     assert ended == sound or Path(name).name in ended.line

@@ -15,7 +15,7 @@ NOISY = "train --model linear --train.epochs 2 --seed 3 --dataset.noise 0.4 --da
 PICKS = f"{NOISY} --select.rule el2n --select.fraction 0.2 --name picks"
 
 
-def test_the_run_records_its_regimes(effray, after, tmp_path):
+def test_the_run_records_its_regimes_and_its_selection_is_measured_against_the_true_labels(effray, after, tmp_path):
     after(PICKS)
     config = tomllib.loads((tmp_path / "runs/train/picks/config.toml").read_text())
     assert config["dataset"] | {"digest": ""} == {
@@ -23,10 +23,6 @@ def test_the_run_records_its_regimes(effray, after, tmp_path):
         "noise": 0.4, "imbalance": 0.2, "repeat": 2, "seed": 3,
     }  # fmt: skip
     assert "wrong labels: " in effray("show picks")
-
-
-def test_the_precision_of_a_selection_is_measured_against_the_true_labels(after, tmp_path):
-    after(PICKS)
     run = find("runs", "train", "picks")
     split = open_samples(load_settings(TrainSettings, run.config)).data.train
     picked = pq.read_table(tmp_path / "runs/train/picks/coreset.parquet")["index"].to_pylist()
@@ -36,28 +32,24 @@ def test_the_precision_of_a_selection_is_measured_against_the_true_labels(after,
 
 
 def test_options_without_effect_are_refused(refusal):
-    assert "dataset.seed = 1: there is no dataset.noise" in refusal("train --dataset.seed 1")
-    assert "dataset.window = 9: it has no effect without dataset.streamed" in refusal("train --dataset.window 9")
-    assert "dataset.streamed" in refusal("train --dataset.streamed ''")
+    for line, message in (
+        ("--dataset.seed 1", "dataset.seed = 1: there is no dataset.noise"),
+        ("--dataset.window 9", "dataset.window = 9: it has no effect without dataset.streamed"),
+        ("--dataset.streamed ''", "dataset.streamed"),
+        ("--model linear --dataset.streamed stores", "the samples of 'digits' are in memory"),
+    ):
+        assert message in refusal(f"train {line}")
 
-    assert "the samples of 'digits' are in memory" in refusal("train --model linear --dataset.streamed stores")
 
-
-@pytest.fixture
-def data(tmp_path):
-    """300 images in parquet files."""
+def test_lipt_of_streamed_samples_is_that_of_local_ones_and_methods_that_need_all_refuse_them(
+    effray, refusal, tmp_path
+):
     images = [samples.encode(image) for image in samples.pixels(300)]
     for split in ("train", "test"):
         samples.write_parquet(tmp_path / "data" / f"{split}.parquet", images, [0, 1, 2] * 100)
-
-
-@pytest.mark.parametrize("command", ["crest", "deltagrad train"])
-def test_methods_that_draw_from_all_samples_refuse_streamed_ones(command, refusal, data):
-    line = refusal(f"{command} --model linear --dataset parquet:data --dataset.streamed stores")
-    assert "draws from all samples at any time" in line
-
-
-def test_lipt_of_streamed_samples_is_that_of_local_ones(effray, data, tmp_path):
+    for command in ("crest", "deltagrad train"):
+        message = refusal(f"{command} --model linear --dataset parquet:data --dataset.streamed stores")
+        assert "draws from all samples at any time" in message
     line = "lipt --model linear --dataset parquet:data --pretrain.models 3 --pretrain.epochs 2 --train.epochs 2"
     effray(f"{line} --select.fraction 0.3 --name local")
     effray(f"{line} --select.fraction 0.3 --name streamed --dataset.streamed stores")

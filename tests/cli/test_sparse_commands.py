@@ -66,7 +66,7 @@ REFUSED = {
     # gradual pruning
     "--density 0.1 --growth false --sparse-init dense --fan-in sparse": r"sparse_init = dense begins with all inputs",
     "--density 0.1 --growth false --sparse-init dense --train.epochs 5 --update-every-steps 32": (
-        r"update_every_steps = 32: no change falls into the last quarter of the 55 steps"
+        r"update_every_steps = 32: of 55 steps, none in the last quarter would end gradual pruning"
     ),
     # combined
     "--density 0.1 --compute sparse --train.compile true": r"compute = sparse does not go with train.compile = true",
@@ -75,7 +75,7 @@ REFUSED = {
     "--agent --train.batch_size 2000": r"an epoch has 1 steps \(at least 2 with form = published\)",
     "--agent --agent.form measured --train.batch_size 700": r"an epoch has 2 steps \(at least 3 with form = measured\)",
     "--agent --train.epochs 1": r"agent would correct nothing",
-    "--agent --agent.form published --agent.alpha 0": r"with agent.alpha = 0 \(above 0\)",
+    "--agent --agent.form published --agent.alpha 0": r"agent.alpha = 0 with form = published would correct nothing",
     # renamed
     "--density 0.1 --update-every 7": r"--update.every is now called --update.every.steps",
 }

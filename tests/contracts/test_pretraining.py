@@ -91,30 +91,30 @@ def pretrained(method, tmp_path_factory):
     return carry_out(tmp_path_factory.mktemp("runs"), method=method)
 
 
+def form(state):
+    return {name: (w.shape, w.dtype) for name, w in state.items()}
+
+
 def test_a_pretraining_leaves_weights_and_a_record_of_all_samples(pretrained):
     samples = open_samples(lipt_settings())
-    expected = new_model(lipt_settings(), samples.data).state_dict()
     state = weights(pretrained)
-    assert {name: w.shape for name, w in state.items()} == {name: w.shape for name, w in expected.items()}
+    assert form(state) == form(new_model(lipt_settings(), samples.data).state_dict())
     assert all(w.isfinite().all() for w in state.values())
     y = samples.data.train.y
     assert len(load_record(pretrained.storage, RESULT, y)) == len(y)
 
 
-def test_a_pretraining_is_a_function_of_the_seed(method, pretrained, tmp_path):
+def test_a_pretraining_is_a_function_of_the_seed_and_not_repeated_when_finished(method, pretrained, tmp_path):
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    assert same(weights(carry_out(tmp_path, method=method)), weights(pretrained))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("method", pretraining.entries)
-def test_a_finished_pretraining_is_not_repeated(method, tmp_path):
     folder = carry_out(tmp_path, method=method)
-    assert folder.phase("pretrain")["costs"]
-    written = (folder.storage.local / RESULT).stat().st_mtime_ns
-    repeat(RunFolder(folder.storage), lipt_settings(method=method))
-    assert (folder.storage.local / RESULT).stat().st_mtime_ns == written
+    assert same(weights(folder), weights(pretrained))
+    assert torch.equal(torch.get_rng_state(), before)
+    if method in pretraining.entries:
+        assert folder.phase("pretrain")["costs"]
+        written = (folder.storage.local / RESULT).stat().st_mtime_ns
+        repeat(RunFolder(folder.storage), lipt_settings(method=method))
+        assert (folder.storage.local / RESULT).stat().st_mtime_ns == written
 
 
 def initial_model():
@@ -167,24 +167,16 @@ def test_a_merge_returns_the_models_parameters_and_changes_none(merging):
     initial, members = trained_members()
     merged = merging(initial, members, total=torch.clone, gather=list)
     untouched, again = trained_members()
-    assert {name: (w.shape, w.dtype) for name, w in merged.items()} == {
-        name: (w.shape, w.dtype) for name, w in initial.items()
-    }
-    assert same(initial, untouched)
+    assert form(merged) == form(initial) and same(initial, untouched)
     assert all(same(one.parameters, copy.parameters) for one, copy in zip(members, again, strict=True))
-
-
-def test_a_merge_of_equal_models_is_the_model(merging):
-    initial, (model, *_) = trained_members()
-    dense = Member(model.parameters, {})
-    assert same(merging(initial, [dense] * 3, total=torch.clone, gather=list), model.parameters)
+    dense = Member(members[0].parameters, {})  # of equal models it returns the model
+    assert same(merging(initial, [dense] * 3, total=torch.clone, gather=list), dense.parameters)
 
 
 def test_a_merge_on_three_workers_is_that_on_one(merging):
     initial, members = trained_members()
-    expected = merging(initial, members, total=torch.clone, gather=list)
-    values = [None] * 3
-    barrier = threading.Barrier(3, timeout=60)
+    expected = dict(merging(initial, members, total=torch.clone, gather=list))
+    values, barrier = [None] * 3, threading.Barrier(3, timeout=60)
 
     def exchange(rank, value):
         values[rank] = value
@@ -194,30 +186,25 @@ def test_a_merge_on_three_workers_is_that_on_one(merging):
         return everyone
 
     def work(rank):
-        def total(tensor):
-            return sum(exchange(rank, tensor))
-
         def gather(models):
             everyone = exchange(rank, models)
             return [everyone[number % 3][number // 3] for number in range(len(members))]
 
-        return merging(initial, members[rank::3], total=total, gather=gather)
+        return dict(merging(initial, members[rank::3], total=lambda sums: sum(exchange(rank, sums)), gather=gather))
 
     with ThreadPoolExecutor(3) as pool:
         for merged in pool.map(work, range(3)):
-            for name, w in expected.items():
-                torch.testing.assert_close(merged[name], w, rtol=0, atol=1e-6)
+            torch.testing.assert_close(merged, expected, rtol=0, atol=1e-6)
 
 
-def test_lipt_merges_by_each(merging, tmp_path):
-    name = merging.name if merging.name in merge.entries else own(own_merge)
-    folder = carry_out(tmp_path, merge=name)
-    record = folder.phase("pretrain")
+@pytest.mark.parametrize("name", [*merge.entries, own(own_merge)])
+def test_lipt_merges_by_each(name, tmp_path):
+    record = carry_out(tmp_path, merge=name).phase("pretrain")
     assert record["models"] == MODELS and record["merges"] == 1
     assert all(cost["sent"] == 0 for cost in record["costs"])  # there is but one worker
 
 
-def test_joint_epochs_train_the_merged_model_on_all_samples(tmp_path):
+def test_joint_epochs_train_the_merged_model_on_all_samples_stopped_or_not(tmp_path):
     """A slow twin: plain training from what was merged."""
     folder = carry_out(tmp_path, joint_epochs=2)
     settings = load_settings(LiptSettings, folder.config)
@@ -227,8 +214,13 @@ def test_joint_epochs_train_the_merged_model_on_all_samples(tmp_path):
     joint = settings.pretrain.model_copy(update={"epochs": 2, "batch_size": MODELS * settings.pretrain.batch_size})
     augment = augmentations(settings.dataset, samples.data)
     twin = Run.simple(model, samples.data.train, joint, coreset=samples.everyone, augment=augment)
-    assert same(fit(twin).model.state_dict(), weights(folder))
+    expected = fit(twin).model.state_dict()
+    assert same(expected, weights(folder))
     assert folder.phase("joint")["costs"][0]["backward"] == 2 * len(samples.train_indices)
+    folder.storage.delete("phases/joint.json")
+    folder.storage.delete_folder("checkpoints/joint")
+    repeat(RunFolder(folder.storage), settings)
+    assert same(expected, weights(folder))
 
 
 def test_joint_epochs_continue_the_record_of_the_models(tmp_path):
@@ -241,15 +233,6 @@ def test_joint_epochs_continue_the_record_of_the_models(tmp_path):
     assert (before.forgotten[known] > 0).any()
     assert (after.forgotten[known] >= before.forgotten[known]).all()
     assert not torch.equal(after.losses, before.losses)
-
-
-def test_a_joint_training_that_was_stopped_begins_with_the_merged_model_again(tmp_path):
-    folder = carry_out(tmp_path, joint_epochs=1)
-    expected = weights(folder)
-    folder.storage.delete("phases/joint.json")
-    folder.storage.delete_folder("checkpoints/joint")
-    repeat(RunFolder(folder.storage), load_settings(LiptSettings, folder.config))
-    assert same(weights(folder), expected)
 
 
 def test_a_merge_that_does_not_fit_the_model_is_refused(tmp_path):

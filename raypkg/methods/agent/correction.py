@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from operator import length_hint
 from typing import Any, Literal
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raypkg.core.config import validate
-from raypkg.core.errors import UserError, shown
+from raypkg.core.errors import UserError
 from raypkg.core.seeds import seeded
 from raypkg.core.settings import Count
 from raypkg.coresets.batches import check_state, ranks_here
@@ -33,11 +32,7 @@ class Arguments(AgentOptions):
 def weighted_loss(model: nn.Module, batch: Any) -> Tensor:
     """Return mean(w · cross-entropy) of a batch x, y int64 [b] and, if it has weights, w [b]."""
     x, y, *weights = batch
-    logits = model(x)
-    lengths = [len(each) for each in (logits, y, *weights)]
-    if len(set(lengths)) > 1 or (y.dim() == 1 and y.is_floating_point()):
-        raise UserError(f"a batch needs integer labels y [b] and weights w [b], not {y.dtype} and lengths {lengths}")
-    losses = F.cross_entropy(logits, y, reduction="none")
+    losses = F.cross_entropy(model(x), y, reduction="none")
     return (losses @ weights[0] if weights else losses.sum()) / len(y)
 
 
@@ -101,8 +96,6 @@ class GradientCorrection:
         skips_overflows: bool = False,
     ):
         options = validate(Arguments, {"form": form, "gamma": gamma, "alpha": alpha, "epochs": epochs})
-        if form == "published" and not alpha:
-            raise UserError("alpha = 0 with form = published would correct nothing: c starts at 0 and stays there")
         if (form == "linear") != (epochs is not None):
             raise UserError(f"epochs = {epochs} with form = {form}: the linear form needs it, the others do not")
         self.model = unwrapped(model)
@@ -145,11 +138,6 @@ class GradientCorrection:
         """
         if iter(batches) is batches:
             raise UserError("batches are an iterator, which can be passed once only: give a list or a DataLoader")
-        fewest = 2 if self.weight.form == "published" else 1
-        if (count := length_hint(batches, fewest)) < fewest:
-            raise UserError(f"snapshot: {count} batches: form = {self.weight.form} needs at least {fewest}")
-        if self.loss is weighted_loss and isinstance(batches, tuple | list) and isinstance(batches[0], Tensor):
-            raise UserError("snapshot: a batch is a Tensor, not a pair (x, y): give a list of pairs or a DataLoader")
         if self.epochs is not None and self.snapshots >= self.epochs:
             raise UserError(f"snapshot {self.snapshots + 1} of epochs = {self.epochs}: the linear weight has reached 0")
         if self.snapshots and not self.estimated:
@@ -247,16 +235,11 @@ class GradientCorrection:
         """Return this rank's ∇ℓ_B(θ̃), one tensor per parameter: 0 for parameters that the forward pass does not use."""
         total: list[Tensor] = []
         for loss in [losses] if isinstance(losses, Tensor) or not isinstance(losses, Iterable) else losses:
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                given = list(loss.shape) if isinstance(loss, Tensor) else shown(loss)
-                raise UserError(f"a loss must be a tensor with one number, not {given}")
             found = torch.autograd.grad(loss, self.copied, allow_unused=True) if loss.requires_grad else ()
             if all(each is None for each in found):
                 raise UserError("the loss does not depend on the snapshot: compute it with the model that is passed")
             gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(self.copied, found, strict=True)]
             total = list(torch._foreach_add(total, gradient)) if total else gradient
-        if not total:
-            raise UserError("correct: the closure returned no loss")
         return total
 
     def apply(self, snapshot: list[Tensor], *, step: int, corrects: bool = True) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,8 @@ class AgentOptions(Settings):
             raise UserError("agent.form = linear follows the time: agent.alpha would do nothing")
         if self.form != "measured" and self.always:
             raise UserError(f"agent.form = {self.form} never switches off: agent.always would do nothing")
+        if self.form == "published" and not self.alpha:
+            raise UserError("agent.alpha = 0 with form = published would correct nothing: c stays 0, as it starts")
         return self
 
     def check(self, n: int, training: Training) -> None:
@@ -49,7 +51,5 @@ class AgentOptions(Settings):
             problem = "a training of one epoch has one snapshot"
         elif per_epoch < FEWEST[self.form]:
             problem = f"an epoch has {per_epoch} steps (at least {FEWEST[self.form]} with form = {self.form})"
-        elif self.form == "published" and not self.alpha:
-            problem = "c stays 0 with agent.alpha = 0 (above 0)"
         if problem:
             raise UserError(f"agent would correct nothing: {problem}")

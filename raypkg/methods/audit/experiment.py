@@ -1,10 +1,9 @@
 """Data audit: the training samples of a finished run, ranked by their harm. No torch at import."""
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from raypkg.core.errors import UserError
 from raypkg.core.settings import Count, RunSettings
 from raypkg.experiments import experiment
 from raypkg.experiments.phases import outlook
@@ -29,12 +28,6 @@ class AuditSettings(RunSettings):
     )
     damping: float | None = Field(None, gt=0, description="λ of the Hessian (default: the run's weight decay)")
     listed: Count = Field(30, description="worst samples on the page")
-
-    @model_validator(mode="after")
-    def _one_run(self) -> Self:
-        if not self.model_from:
-            raise UserError("audit needs a run: effray audit RUN")
-        return self
 
 
 @outlook("audit")

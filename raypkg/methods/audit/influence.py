@@ -122,12 +122,3 @@ def self_influence(view: HeadView, hessian: HeadHessian) -> Tensor:
         whitened = torch.linalg.solve_triangular(hessian.factor, gradients.T, upper=False)
         values.append(whitened.square().sum(0))
     return torch.cat(values)
-
-
-def change_by_removal(influences: Tensor, n: int) -> float:
-    """Return the predicted change of the held-out loss when samples with these influences leave n samples.
-
-    >>> change_by_removal(torch.tensor([3.0, 1.0]), 10)
-    -0.5
-    """
-    return -influences.sum().item() / (n - len(influences))

@@ -37,7 +37,7 @@ from raypkg.runs.plots import BLUE, VERMILLION, count_axis, cut, page, save_plot
 from raypkg.runs.storage import Storage
 
 from .experiment import TABLE, AuditSettings
-from .influence import HeadHessian, change_by_removal, influence, self_influence
+from .influence import HeadHessian, influence, self_influence
 
 COLUMNS = {"self": "self_influence", "influence": "influence", "loss": "loss"}  # that a score of --by has
 PICTURES = 24  # in the gallery
@@ -138,7 +138,8 @@ def audit(settings: AuditSettings, audited: Audited, storage: Storage) -> dict[s
 
     loss = cross_entropy(held_out.logits, held_out.y).item()
     accuracy = (held_out.logits.argmax(1) == held_out.y).double().mean().item()
-    predicted = change_by_removal(scores["influence"][worst[: settings.listed]], len(found))
+    listed = worst[: settings.listed]
+    predicted = -scores["influence"][listed].sum().item() / (len(found) - len(listed))
     word, kind = column.replace("_", "-"), "held-out" if settings.on == "valid" else "test"
     first = f"the worst of {len(found):,} training samples by {word} is id {ids[0]} ({table['class'][0]})"
     change = f"the {kind} loss is predicted to change by {predicted:+.4f}"
@@ -150,15 +151,15 @@ def audit(settings: AuditSettings, audited: Audited, storage: Storage) -> dict[s
     if wrong is not None and 0 < wrong.sum() < len(wrong):
         areas = {name: area_under_curve(score.numpy(), wrong) for name, score in scores.items()}
         figures |= {f"auc_{name}": area for name, area in areas.items()}
-        listed = ", ".join(f"{name.replace('_', '-')} {area:.3f}" for name, area in areas.items())
+        by_score = ", ".join(f"{name.replace('_', '-')} {area:.3f}" for name, area in areas.items())
         among = wrong[worst[: wrong.sum()].numpy()].mean()
-        findings.append(f"{wrong.sum():,} wrong labels are known, {among:.1%} of as many worst; AUC: {listed}")
+        findings.append(f"{wrong.sum():,} wrong labels are known, {among:.1%} of as many worst; AUC: {by_score}")
     if not audited.is_linear:
         findings.append("by the last layer's gradients only: the layers below it count as fixed")
     if settings.on == "test":
         findings.append("the test set was looked at: do not choose by it and then report its accuracy")
     save_plot(storage, "harm", partial(harm, by.numpy(), wrong, word))
-    shown = _shown(found[worst[: settings.listed]], table, split, settings, storage)
+    shown = _shown(found[listed], table, split, settings, storage)
     facts = {"audited": audited.name, "audited_model": audited.digest, "on": settings.on, "by": settings.by}
     return {**figures, **facts, "tables": [shown], "costs": [cost.record()], "main": True, "findings": findings}
 

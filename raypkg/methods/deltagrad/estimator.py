@@ -259,12 +259,9 @@ class DeltaGrad:
         if place.exists():
             raise UserError(f"{str(folder)!r} exists: save to a new folder")
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-        try:
-            with run.exclusively():
-                shutil.copytree(run.storage.root, unfinished)
-            unfinished.rename(place)
-        except OSError as error:
-            raise UserError(f"cannot write {str(folder)!r}: {error.strerror or error}") from None
+        with run.exclusively():
+            shutil.copytree(run.storage.root, unfinished)
+        unfinished.rename(place)
 
     @classmethod
     @_value_errors()

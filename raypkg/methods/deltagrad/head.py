@@ -59,13 +59,13 @@ class HeadRecord:
     ):
         group, *others = optimizer.param_groups
         parameters = [id(parameter) for parameter in group["params"]]
-        if others or not isinstance(head, nn.Linear) or parameters != [id(head.weight), id(head.bias)]:
-            raise UserError("record takes an nn.Linear with bias, and an optimizer of its weight and bias only")
+        is_linear = isinstance(head, nn.Linear) and head.weight.dtype in (torch.float32, torch.float64)
+        if others or not is_linear or parameters != [id(head.weight), id(head.bias)]:
+            wanted = "an nn.Linear with bias in float32 or float64, and an optimizer of its weight and bias only"
+            raise UserError(f"record takes {wanted}")
         if not isinstance(optimizer, torch.optim.SGD) or group["momentum"] or group["maximize"]:
             given = f"{type(optimizer).__name__} with momentum {group.get('momentum', 0):g}"
             raise UserError(f"record takes SGD without momentum, from which DeltaGrad is derived, not {given}")
-        if head.weight.dtype not in (torch.float32, torch.float64):
-            raise UserError(f"record takes a head in float32 or float64, not {head.weight.dtype}")
         self.head = head
         self.decay = group["weight_decay"]
         self.batches: list[Tensor] = []  # ids of each step, int64
@@ -114,14 +114,10 @@ class HeadRecord:
         Raises:
             UserError: the recorded gradients are not those of these samples' mean cross-entropy; recording continues.
         """
-        if self._is_finished:
-            raise UserError("finish was called before: it returned the model")
-        if not self.batches:
-            raise UserError("no step was recorded")
+        if self._is_finished or not self.batches:
+            raise UserError("finish: no step was recorded, or the model has been returned before")
         classes = np.arange(self.head.out_features)
         split = Split.from_tensors(X, y, [str(number) for number in classes])
-        if split.shape != (self.head.in_features,):
-            raise UserError(f"X has samples of shape {split.shape}, those of the head are ({self.head.in_features},)")
         named = torch.cat(self.batches)
         unknown = named[(named < 0) | (named >= len(split))]
         if len(unknown):

@@ -198,10 +198,9 @@ class History(Sequence[RecordedStep]):
         if digest(self._digests).hex() != sealed:
             raise UserError(f"{str(folder / DIGESTS)!r} is corrupt: its digest is not that of the journal")
         records = len(self._digests) // DIGEST_BYTES
-        if self._content.size != layout.start(records):
-            raise UserError(f"{self._name} has {self._content.size} bytes, not those of {records} records")
-        if self._content.slice(0, len(layout.header)).to_pybytes() != layout.header:
-            raise UserError(f"the head of {self._name} is corrupt, or of another model")
+        head = self._content.slice(0, len(layout.header)).to_pybytes()
+        if self._content.size != layout.start(records) or head != layout.header:
+            raise UserError(f"{self._name} is corrupt, or of another model: it has not the size and head of its steps")
         self._steps = records - 1
 
     def __len__(self) -> int:

@@ -63,12 +63,11 @@ class Journal:
                 entry = json.loads(line)
                 body = {name: value for name, value in entry.items() if name != "digest"}
                 sound = _sealed(body)["digest"] == entry["digest"] and line == _line(entry)
+                sound &= entry["previous"] == self._head and entry["number"] == number
             except (ValueError, KeyError, AttributeError, RecursionError):
                 sound = False
             if not sound:
-                raise UserError(f"{where} is corrupt: its digest is another")
-            if entry.get("previous") != self._head or entry.get("number") != number:
-                raise UserError(f"{where} does not follow the one before: entries are missing or changed")
+                raise UserError(f"{where} is corrupt, or does not follow the one before: entries were changed or lost")
             self.entries.append(entry)
 
     def stored(self) -> int:

@@ -98,19 +98,14 @@ class Objective:
 
 def check_derivation(model: nn.Module, name: str) -> None:
     """Refuse models with dropout, batch norm, frozen parameters, or a layer fitted to the data."""
+    problems = []
     if isinstance(model, Classifier) and model.is_prepared:
-        raise UserError(
-            f"model {name!r} is fitted to the training inputs before training: deleted samples would stay part of it"
-        )
-    for parameter, value in model.named_parameters():
-        if not value.requires_grad:
-            raise UserError(f"model {name!r} does not train its {parameter!r}: DeltaGrad records all parameters")
-    for layer in model.modules():
-        if isinstance(layer, STATEFUL):
-            raise UserError(
-                f"model {name!r} has {type(layer).__name__}: DeltaGrad's gradients must be sums over samples, without"
-                " dropout or batch norm, as in linear and mlp"
-            )
+        problems.append("is fitted to the training inputs before training: deleted samples would stay part of it")
+    problems += [f"does not train its {name!r}" for name, value in model.named_parameters() if not value.requires_grad]
+    problems += [f"has {type(layer).__name__}" for layer in model.modules() if isinstance(layer, STATEFUL)]
+    if problems:
+        needed = "DeltaGrad records all parameters, and gradients that are sums over samples, as in linear and mlp"
+        raise UserError(f"model {name!r} {problems[0]}: {needed}")
 
 
 def logistic_gradient(w: Tensor, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

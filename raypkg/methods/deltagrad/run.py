@@ -76,9 +76,9 @@ def begin_journal(
 def open_recorded(folder: RunFolder) -> Iterator["RecordedRun"]:
     """Open a recorded run, locked against other processes; delete what a failure in the block leaves behind."""
     log = folder.storage.read(LOG)
-    if log is None and not folder.storage.list("versions"):
-        raise UserError(f"run {folder.name!r} has no recorded history: `effray deltagrad train` makes one")
     if log is None:
+        if not folder.storage.list("versions"):
+            raise UserError(f"run {folder.name!r} has no recorded history: `effray deltagrad train` makes one")
         _check_finished(folder)
     if not log:
         raise UserError(f"{folder.storage.root}/{LOG} is missing or empty: what was done to the run is lost")
@@ -109,12 +109,9 @@ class RecordedRun:
         of_a_script = "labels" in first
         if not changes and not of_a_script:
             _check_finished(folder)
-        where, values = f"{folder.storage.root}/{CONFIG}", stored_settings(folder)
-        try:
-            self.settings = load_settings(DeltaGradSettings, values)
-        except UserError as error:
-            raise UserError(f"{where} is damaged: {error}") from None
+        self.settings = load_settings(DeltaGradSettings, stored_settings(folder))
         if settings_digest(self.settings) != first["settings"]:
+            where = f"{folder.storage.root}/{CONFIG}"
             raise UserError(f"{where} is not that of the recorded training: it or {LOG} was changed")
 
         self.batches: Sequence[Tensor] = ()  # ids of the recorded steps, int64, if another loop chose them

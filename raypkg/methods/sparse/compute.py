@@ -1,4 +1,4 @@
-"""Computing and storing without pruned weights: compressed sparse rows, sparse linear layers, operation counts.
+"""Computing and storing without pruned weights: compressed sparse rows, sparse linear layers.
 
     y = W x        ∂x = Wᵀ ∂y        ∂W_ij = ∂y_i · x_j  where W_ij is active
 
@@ -8,15 +8,12 @@ autocast does not change.
 
 import math
 import warnings
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
-from .masks import active_counts
 
 State = dict[str, Tensor]
 NARROW = torch.iinfo(torch.int16).max
@@ -188,16 +185,3 @@ class _Product(torch.autograd.Function):
         if ctx.is_dense:
             weight_gradient = pattern.dense(weight_gradient)
         return input_gradient, weight_gradient, None, None
-
-
-# Operations
-
-
-def active_flops(flops: Mapping[str, int], masks: Mapping[str, Tensor]) -> int:
-    """Return the operations of a forward pass that multiplies only active weights."""
-    active = active_counts(masks)
-    total = 0.0
-    for name, count in flops.items():
-        share = active[name] / masks[name].numel() if name in masks else 1.0
-        total += count * share
-    return round(total)

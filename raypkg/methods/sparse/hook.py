@@ -21,7 +21,7 @@ from raypkg.models.operations import forward_flops
 from raypkg.runs.plots import BLUE, GREY, ORANGE, Rows, column, cut, line_ends, page, short
 
 from . import initial
-from .compute import ActiveLinear, Pattern, active_flops
+from .compute import ActiveLinear, Pattern
 from .masks import Masks, active_counts
 from .settings import Sparsity
 from .training import SparseTraining
@@ -248,7 +248,8 @@ class FootprintReport(Hook):
         active = parameters - sum(int((~mask).sum()) for mask in masks.values())
         by_weight = forward_flops(self.model, run.split.shape)
         flops = sum(by_weight.values())
-        fewer = active_flops(by_weight, masks)
+        shares = {name: count / masks[name].numel() for name, count in active_counts(masks).items()}
+        fewer = round(sum(count * shares.get(name, 1.0) for name, count in by_weight.items()))
         finding = f"{parameters:,} parameters; a forward pass of one sample takes {flops:,} operations"
         if masks:
             exist = f"{active:,} of {parameters:,} parameters exist; a forward pass of one sample that skips the others"

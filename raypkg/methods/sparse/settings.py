@@ -10,7 +10,7 @@ from raypkg.core.config import Named, Settings
 from raypkg.core.errors import UserError
 from raypkg.core.presets import FORMER, PUBLISHED, PresetName
 from raypkg.core.registry import Lookup
-from raypkg.core.settings import MOST_EPOCHS, Count, Experiment, Schedule, Share, Train, Training
+from raypkg.core.settings import Count, Epochs, Experiment, Schedule, Share, Train, Training
 from raypkg.methods.agent.settings import AgentOptions
 from raypkg.methods.crest.settings import CrestOptions
 
@@ -73,6 +73,13 @@ class Sparsity(Settings):
         "masked", description="sparse = linear layers multiply only the weights that exist; masked = all of them"
     )
 
+    @model_validator(mode="after")
+    def _changes(self) -> Self:
+        if self.growth and self.sparse_init.name == "dense":
+            first = f"{type(self).model_fields['sparse_init'].alias or 'sparse_init'} = dense"
+            raise UserError(f"{first} with growth = {self.growth.name} would stay dense: give growth = false")
+        return self
+
     @property
     def is_gradual(self) -> bool:
         """Whether weights are only dropped, from a dense model to its density: gradual pruning."""
@@ -98,8 +105,7 @@ class Sparsity(Settings):
         # The last weights go at the first change of the masks after pruning has ended: there must be one.
         last_change = -(-math.ceil(PRUNED_BY * steps) // every) * every
         if self.is_gradual and last_change >= steps:
-            reached = f"no change falls into the last quarter of the {steps} steps"
-            raise UserError(f"{chosen}: {reached}, so gradual pruning would not reach its density")
+            raise UserError(f"{chosen}: of {steps} steps, none in the last quarter would end gradual pruning")
 
     def lookups(self) -> list[Lookup]:
         """Return the chosen rules."""
@@ -133,7 +139,7 @@ class SparseSettings(Sparsity, Experiment):
     }
 
     preset: PresetName = PUBLISHED
-    multiplier: Count = Field(1, description="multiplies train.epochs (extended training, ITOP)")
+    multiplier: Epochs = Field(1, description="multiplies train.epochs (extended training, ITOP)")
     agent: AgentOptions | None = Field(None, description="correct gradients by a snapshot of the model (AGENT)")
     crest: CrestOptions | None = Field(
         None, description="train on mini-batch coresets (CREST) instead of shuffled batches"
@@ -161,14 +167,8 @@ class SparseSettings(Sparsity, Experiment):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Refuse settings without effect, and choices that contradict each other."""
-        if self.epochs > MOST_EPOCHS:
-            given = f"multiplier = {self.multiplier} of {self.train.epochs} epochs"
-            raise UserError(f"{given}: at most {MOST_EPOCHS:,} in all")
         grows = self.growth is not None
         from_dense = self.sparse_init.name == "dense"
-        if from_dense and self.growth:
-            chosen = f"sparse_init = dense with growth = {self.growth.name}"
-            raise UserError(f"{chosen} would stay dense: give --growth false")
         if self.density is None:
             self._refuse("density = false", *(name for name in Sparsity.model_fields if name != "density"))
         if not grows:
@@ -177,20 +177,16 @@ class SparseSettings(Sparsity, Experiment):
             self._refuse("growth = false keeps the masks", "update_every_steps", "drop")
         if from_dense:
             self._refuse("sparse_init = dense begins with all inputs", "fan_in")
-        if grows and self.density == 1:
-            raise UserError("density = 1 leaves no room to grow: leave --density out, or give less")
         if self.is_gradual and self.train.keep == "best":
-            reason = "may be an epoch before gradual pruning reached its density"
-            raise UserError(f"train.keep = best {reason}: give --train.keep last")
+            raise UserError("train.keep = best may be denser than where gradual pruning ends: give --train.keep last")
         if self.density is not None and self.train.average is not None:
             raise UserError(f"train.average = {self.train.average}: masks change, so the average would be denser")
         if self.crest and self.coreset is not None:
             raise UserError("crest chooses from all samples: --coreset would do nothing")
-        if self.compute == "sparse" and self.train.compile:
-            raise UserError("compute = sparse does not go with train.compile = true: weights change their number")
-        if self.compute == "sparse" and (self.agent or self.crest):
-            other = "agent" if self.agent else "crest"
-            raise UserError(f"compute = sparse does not go with {other}, which differentiates other weights, or twice")
+        # Weights change their number; AGENT and CREST differentiate others, or twice.
+        others = {"train.compile = true": self.train.compile, "agent": self.agent, "crest": self.crest}
+        if self.compute == "sparse" and any(others.values()):
+            raise UserError(f"compute = sparse does not go with {', '.join(name for name in others if others[name])}")
         return self
 
     def _refuse(self, reason: str, *names: str) -> None:

@@ -1,6 +1,5 @@
 """Sparse training in any loop: masks that change during training, attached to the optimiser by its step hooks."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, NoReturn
 from weakref import WeakSet
@@ -36,7 +35,6 @@ from .settings import PRUNED_BY, REGISTRIES, Initial, Sparsity
 
 Batch = tuple[Tensor, Tensor]  # x, y
 Rule = str | Mapping[str, Any] | Named | None  # a name, or {"name": …, "options": {…}}
-DIVERGED = "if the weights are not finite, lower the learning rate"
 _attached: WeakSet[Any] = WeakSet()  # layers, and their optimisers
 
 
@@ -135,23 +133,18 @@ class SparseTraining:
         self.settings = settings = validate(Arguments, chosen)
         for lookup in settings.lookups():
             lookup.registry[lookup.name].options(lookup.options)
-        if settings.growth and settings.sparse_init.name == "dense":
-            raise UserError(f"distribution = dense with growth = {settings.growth.name} would stay dense: growth=None")
         self.total_steps = settings.total_steps
         self.every = settings.interval(self.total_steps)
         settings.check_steps(self.total_steps)
         self.model = unwrapped(model)
         # Accelerate wraps optimisers, whose hooks are those of the inner one.
         self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
-        if not isinstance(self.optimizer, Optimizer):
-            raise UserError(f"optimizer is of type {type(optimizer).__name__}: give a torch.optim.Optimizer")
         self.weights = prunable(self.model)
         total, layers = sum(weight.numel() for weight in self.weights.values()), len(self.weights)
-        given, active = f"density = {settings.density:g}", round(settings.density * total)
-        if not layers:
-            raise UserError(f"{given}: the model trains no weights of linear or convolutional layers")
-        if active < layers:
-            raise UserError(f"{given} of {total:,} weights leaves {active} for {layers} layers: at least one each")
+        active = round(settings.density * total)
+        if active < max(1, layers):
+            trained = f"the model trains {total:,} weights of {layers} linear and convolutional layers"
+            raise UserError(f"density = {settings.density:g}: {trained}, {active} would exist: at least one each")
         optimised = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
         for name, weight in self.weights.items():
             if id(weight) not in optimised:
@@ -387,10 +380,7 @@ class SparseTraining:
                 for name, mask in masks.items():
                     momentum = self.momentum[name][mask] if name in self.momentum else None  # [k]
                     active = self.weights[name].data[mask]
-                    share = rule(active, options=settings.redistribution.options, momentum=momentum)
-                    if not 0 <= share < math.inf:
-                        raise UserError(f"redistribution {rule.name!r} returned {share} for {name}: {DIVERGED}")
-                    shares[name] = share
+                    shares[name] = rule(active, options=settings.redistribution.options, momentum=momentum)
                 room = {name: mask.numel() - counts[name] for name, mask in masks.items()}
                 arriving = allot(shares, sum(arriving.values()), room)
             rule = REGISTRIES["growth"][settings.growth.name]
@@ -440,5 +430,5 @@ def _checked(rule: str, scores: Tensor, weights: Tensor, layer: str) -> Tensor:
     if shape != weights.shape:
         raise UserError(f"{rule} returned shape {shape and [*shape]} for {[*weights.shape]} of {layer}")
     if scores.sum().isnan() and scores.isnan().any():  # the sum takes a small part of the time
-        raise UserError(f"{rule} returned NaN for {layer}: {DIVERGED}")
+        raise UserError(f"{rule} returned NaN for {layer}: lower the learning rate, if weights are not finite")
     return scores.to(weights.device)
