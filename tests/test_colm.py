@@ -281,6 +281,7 @@ class NoValues(nn.Module):
     ("model", "options", "message"),
     [
         (network, {"preset": "each-step"}, "CREST chooses by the logits of a classifier: .* preset colm"),
+        (lambda: network().network, {"preset": "each-step"}, "for a language model give preset colm"),
         (lambda: build_model("mlp", (5,), 3, seed=0), {}, "CoLM chooses for language models, .* not for a Classifier"),
         (lambda: network(targets=("q_proj",)), {}, "trains no layer called v_proj"),
         (network, {"tau": 0.1}, "choose = colm: tau = 0.1 must be 0"),

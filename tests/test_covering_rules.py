@@ -11,7 +11,6 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Training
 from raypkg.coresets.budgets import class_budgets, select
-from raypkg.coresets.facility import Distances, cluster_shares, facility_location
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.record import Record, Recorder, margins_of
 from raypkg.coresets.rules import coreset
@@ -79,7 +78,6 @@ def trained():
 def test_the_area_under_the_margin_is_recorded_and_survives_a_checkpoint(trained):
     recorder, twin = trained
     torch.testing.assert_close(recorder.record.margins, twin.exact / 4, rtol=0, atol=0.05)
-    recorder, _ = trained
     again = Recorder(recorder.y)
     again.load_state_dict(recorder.state_dict())
     assert again.record.margins.equal(recorder.record.margins)
@@ -88,20 +86,20 @@ def test_the_area_under_the_margin_is_recorded_and_survives_a_checkpoint(trained
 # CCS
 
 
-def test_ccs_leaves_out_the_hardest_and_draws_as_many_from_each_stratum():
-    margins = [-9.0, -8.0, *[0.0] * 3, *[1.0] * 5, *[9.9] * 10]  # strata of [0, 9.9] in thirds: 8, 0 and 10
-    options = {"beta": 0.1, "strata": 3}
-    picked = coreset["ccs"](with_margins(*margins), 8, rng=generator(0), options=options).indices
-    assert not {0, 1} & set(picked.tolist())
-    assert int((picked < 10).sum()) == int((picked >= 10).sum()) == 4
-
-
-def test_ccs_takes_all_of_a_rare_stratum():
-    margins = [0.0, 0.1, *[5.0] * 30, *[10.0] * 30]
-    options = {"beta": 0.0, "strata": 4}
-    picked = coreset["ccs"](with_margins(*margins), 12, rng=generator(0), options=options).indices
-    assert {0, 1} < set(picked.tolist())
-    assert int((picked >= 32).sum()) == 5
+@pytest.mark.parametrize(
+    ("margins", "beta", "strata", "budget", "rare", "easiest"),
+    [
+        # strata of [0, 9.9] in thirds: 8, 0 and 10; the two hardest are dropped, the others drawn from alike
+        ([-9.0, -8.0, *[0.0] * 3, *[1.0] * 5, *[9.9] * 10], 0.1, 3, 8, set(), (10, 4)),
+        ([0.0, 0.1, *[5.0] * 30, *[10.0] * 30], 0.0, 4, 12, {0, 1}, (32, 5)),  # all of a rare stratum
+    ],
+)
+def test_ccs_leaves_out_the_hardest_and_draws_as_many_from_each_stratum(margins, beta, strata, budget, rare, easiest):
+    options = {"beta": beta, "strata": strata}
+    picked = coreset["ccs"](with_margins(*margins), budget, rng=generator(0), options=options).indices
+    first, count = easiest
+    assert {0, 1} & set(picked.tolist()) == rare and len(picked) == budget
+    assert int((picked >= first).sum()) == count
 
 
 def test_ccs_drops_no_more_than_the_budget_allows():
@@ -192,16 +190,6 @@ def in_feature_space(features, y=None):
     return HeadView(torch.zeros(len(y), int(y.max()) + 1), features, y)
 
 
-def test_craig_weighs_medoids_by_their_clusters():
-    view = reference.problem(60).view
-    picked = craig(view, 15)
-    assert picked.indices.equal(facility_location(Distances(view, memory=0), 15))
-    torch.testing.assert_close(
-        picked.weights, (cluster_shares(Distances(view, memory=0), picked.indices) * 15 / 60).float()
-    )
-    assert picked.weights.mean() == pytest.approx(1)
-
-
 @pytest.mark.parametrize("greedy", ["lazy", "stochastic"])
 @pytest.mark.parametrize("seed", range(3))
 def test_craig_keeps_the_mean_gradient_within_its_bound(seed, greedy):
@@ -266,10 +254,6 @@ def test_uncertainty_equals_its_formula(measure, seed):
 @pytest.mark.parametrize("num_classes", [2, 5])
 def test_uncertainty_orders_confident_predictions(measure, num_classes):
     lead = torch.tensor([60.0, 20.0, 80.0, 40.0, 0.5])  # in float32, p_1 = 1 from a lead of 17
-    view = HeadView(
-        torch.nn.functional.pad(lead[:, None], (0, num_classes - 1)),
-        torch.ones(5, 1),
-        torch.zeros(5, dtype=torch.int64),
-    )
+    view = HeadView(F.pad(lead[:, None], (0, num_classes - 1)), torch.ones(5, 1), torch.zeros(5).long())
     picked = coreset["uncertainty"](view, 5, options={"measure": measure})
     assert picked.indices.tolist() == [4, 1, 3, 0, 2]

@@ -256,7 +256,7 @@ class Stream(IterableDataset):
         ({"batch_size": None}, "batch_size = None: must be an integer, 1 or more"),
         ({"epochs": None}, "give either epochs or steps"),
         ({"preset": "publish"}, r"unknown preset 'publish'.*published"),
-        ({"tua": 0.1}, r"unknown argument of CrestLoader 'tua', did you mean 'tau'"),
+        ({"tua": 0.1}, "unknown setting 'tua', did you mean 'tau'"),
         ({"alpha": 0.1}, "alpha is now called exclude_below"),
         ({"tau": 0.0, "h": 2.0}, r"^tau = 0, .*: h = 2\.0 would do nothing"),
         ({"subset": 0.01}, "^subset = 0.01 of 120 samples is 1, fewer than the 8 of batch_size"),

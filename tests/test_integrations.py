@@ -1,25 +1,104 @@
-"""The adapters to Hugging Face's Trainer and to Lightning, against plain loops with the same objects."""
+"""The adapters to Hugging Face's Trainer, Lightning and Accelerate, against plain loops with the same objects."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator
+from raypkg.coresets.loader import CoresetLoader
 from raypkg.methods.agent.correction import GradientCorrection
 from raypkg.methods.crest.loader import CrestLoader
 from raypkg.methods.sparse.training import SparseTraining
-from test_loader_in_trainers import RATE, C, N, Sentences, assert_equal_weights, bert, coresets_of, rows
 
-EPOCHS = 3
+N, LENGTH, C, RATE, EPOCHS = 48, 5, 3, 0.05, 3
 CORESET = {"rule": "craig", "fraction": 0.5, "every_epochs": 1}  # 3 batches of 8 per epoch
 SPARSE = {"density": 0.3, "update_every": 2}
 AGENT = {"form": "measured"}
 CLIP = 0.5
+
+
+class Sentences(Dataset):
+    """Tokens of which the first tells the label, in the form of Hugging Face's data sets."""
+
+    def __init__(self, n=N, name="labels"):
+        rng = generator(0, "sentences")
+        self.name = name
+        self.y = torch.arange(n) % C
+        self.ids = torch.randint(3, 10, (n, LENGTH), generator=rng)
+        self.ids[:, 0] = self.y
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.ids[i], "attention_mask": torch.ones(LENGTH).long(), self.name: self.y[i]}
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=8, num_labels=C, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        initializer_range=0.5,  # so that samples differ
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def coresets_of(model, samples, **options):
+    given = {"rule": "craig", "fraction": 0.5, "epochs": EPOCHS, "every_epochs": 1, **options}
+    return CoresetLoader(DataLoader(samples, batch_size=8), model, **given)
+
+
+def rows():
+    rng = generator(0, "rows")
+    return TensorDataset(torch.randn(N, 6, generator=rng), torch.arange(N) % C)
+
+
+def assert_equal_weights(first, second):
+    for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def of_hugging_face():
+    datasets, sentences = pytest.importorskip("datasets"), Sentences()
+    table = datasets.Dataset.from_dict({"input_ids": sentences.ids.tolist(), "labels": sentences.y.tolist()})
+    return table.with_format("torch")
+
+
+@pytest.mark.parametrize("samples", [Sentences, partial(Sentences, name="label"), of_hugging_face])
+def test_a_mapping_is_yielded_with_its_weights_and_positions(samples):
+    samples, picked = samples(), {}
+    loader = coresets_of(bert(), samples)
+    for batch in loader:
+        assert set(batch) - {"attention_mask"} == {"input_ids", "labels", "weights", "indices"}
+        assert batch["input_ids"].equal(Sentences().ids[batch["indices"]])
+        picked |= dict(zip(batch["indices"].tolist(), batch["weights"].tolist(), strict=True))
+    chosen = loader.coreset
+    assert picked == dict(zip(chosen.indices.tolist(), chosen.weights.tolist(), strict=True))
+    if not isinstance(samples, Sentences):
+        assert samples.select(chosen.indices)["labels"][:].equal(Sentences().y[chosen.indices])
+
+
+def test_an_epoch_is_as_long_as_its_length_says():
+    loader = coresets_of(nn.Linear(6, C), rows(), warm_epochs=1, every_epochs=0)
+    assert [(len(loader), len(list(loader))) for _ in range(EPOCHS)] == [(6, 6), (3, 3), (3, 3)]
+
+
+def test_a_loader_selects_for_a_target():
+    torch.manual_seed(0)
+    model, everything = nn.Linear(6, C), rows()
+    few = TensorDataset(everything.tensors[0][:9] * 3, everything.tensors[1][:9])
+    plain, aimed = (coresets_of(model, everything, target=target) for target in (None, few))
+    next(iter(plain)), next(iter(aimed))
+    assert not plain.coreset.weights.equal(aimed.coreset.weights)
 
 
 def loop(model, loader, loss, *, sparse=None, agent=None, steps=9, accumulate=1):
@@ -110,7 +189,12 @@ def test_the_trainer_on_crest_trains_as_the_plain_loop(tmp_path):
     assert trainer.state.global_step == trainer.loader.report()["step"] == EPOCHS * N // 8
 
 
-@pytest.mark.parametrize("chosen", [{"coreset": CORESET}, {"crest": {}}, {"coreset": CORESET, "agent": AGENT}])
+INFOBATCH = {"rule": "infobatch", "fraction": 1, "every_epochs": 1}
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"coreset": CORESET}, {"coreset": INFOBATCH}, {"crest": {}}, {"coreset": CORESET, "agent": AGENT}]
+)
 @pytest.mark.parametrize("after", [2, 3, 4])  # steps; three are an epoch of coresets
 def test_the_trainer_resumes_in_the_middle_of_an_epoch(chosen, after, tmp_path):
     def train(resume=None):
@@ -123,6 +207,7 @@ def test_the_trainer_resumes_in_the_middle_of_an_epoch(chosen, after, tmp_path):
     resumed = train(str(tmp_path / f"checkpoint-{after}"))
     assert resumed.state.global_step == straight.state.global_step
     assert all(map(torch.equal, straight.model.state_dict().values(), resumed.model.state_dict().values()))
+    assert "crest" in chosen or resumed.loader.losses.equal(straight.loader.losses)
     masks = straight.step.sparse.masks
     assert all(resumed.step.sparse.masks[name].equal(mask) for name, mask in masks.items())
 
@@ -144,16 +229,19 @@ def test_the_trainer_needs_one_loader_and_whole_steps(tmp_path):
         with pytest.raises(UserError, match=message):
             StepCallback(None, **given)
     options = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
+
+    def refused(checkpoint, message):
+        with pytest.raises(UserError, match=message):
+            trainer_of(bert(), tmp_path, options=options, coreset=CORESET).train(str(checkpoint))
+
     trainer_of(bert(), tmp_path, options=options, coreset=CORESET).train()
-    with pytest.raises(UserError, match="the last 1 batches of an epoch are no 2"):
-        trainer_of(bert(), tmp_path, options=options, coreset=CORESET).train(str(tmp_path / "checkpoint-1"))
-    (tmp_path / "checkpoint-2" / "effray-sparse-0.pt").touch()
-    with pytest.raises(UserError, match=r"effray-sparse-0\.pt would not be restored: resume with the StepCallback"):
-        trainer_of(bert(), tmp_path, options=options, coreset=CORESET).train(str(tmp_path / "checkpoint-2"))
-    (tmp_path / "checkpoint-2" / "effray-sparse-0.pt").unlink()
-    (tmp_path / "checkpoint-2" / "effray-loader-0.pt").unlink()
-    with pytest.raises(UserError, match=r"effray-loader-0.pt: resume from a checkpoint of output_dir"):
-        trainer_of(bert(), tmp_path, options=options, coreset=CORESET).train(str(tmp_path / "checkpoint-2"))
+    refused(tmp_path / "checkpoint-1", "the last 1 batches of an epoch are no 2")
+    last = tmp_path / "checkpoint-2"
+    (last / "effray-sparse-0.pt").touch()
+    refused(last, r"effray-sparse-0\.pt would not be restored: resume with the StepCallback")
+    (last / "effray-sparse-0.pt").unlink()
+    (last / "effray-loader-0.pt").unlink()
+    refused(last, r"effray-loader-0.pt: resume from a checkpoint of output_dir")
 
 
 def test_the_trainer_masks_after_unscaling_and_before_clipping():
@@ -176,7 +264,7 @@ def test_the_trainer_masks_after_unscaling_and_before_clipping():
     assert float(norm) == pytest.approx(CLIP, rel=1e-4)
 
 
-def lightning_fit(model, loader, folder, *, sparse=None, agent=False, every=None, resume=None):
+def lightning_fit(model, loader, folder, *, loss=None, sparse=None, agent=False, every=None, resume=None):
     lightning = pytest.importorskip("lightning")
     from raypkg.integrations.lightning import AgentCallback, CoresetCallback, SparseCallback
 
@@ -186,7 +274,7 @@ def lightning_fit(model, loader, folder, *, sparse=None, agent=False, every=None
             self.model = model
 
         def training_step(self, batch, _):
-            return loss_of_rows(self.model, batch)
+            return (loss or loss_of_rows)(self.model, batch)
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), RATE, momentum=0.9)

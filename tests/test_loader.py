@@ -156,10 +156,6 @@ def crest_state():
             lambda: CoresetLoader(loaded(Table([0, 1] * 60)), network(), "grand", 0.5, epochs=1).state_dict(),
             r"labels = \[0, 1, .*, this one has \[0, 1, 2",
         ),
-        (
-            lambda: {**loader_of(network(), "grand", 0.5, epochs=1).state_dict(), "settings": {}, "losses": [0] * 9},
-            "the checkpoint is of 9 samples, this data set has 120",
-        ),
     ],
 )
 def test_a_state_of_something_else_is_refused(state, message):
@@ -202,8 +198,6 @@ def loaded(data, **options):
     [
         (loaded(data()), "grand", 0.1, {"warm_epochs": 9}, "^warm_epochs = 9 of 9 epochs: nothing would be"),
         (loaded(data()), "infobatch", 0.1, {}, "it needs fraction = 1 and every_epochs = 1, not 0.1 and 0"),
-        (loaded(data()), "grand", 0.1, {"sede": 1}, "unknown argument of CoresetLoader 'sede', did you mean 'seed'"),
-        (loaded(data()), "grand", 0.1, {"every": 1}, "CoresetLoader's every is now called every_epochs"),
         (loaded(data()), "grand", 0.1, {"epochs": 2.5}, r"epochs = 2.5: must be an integer, 1 or more"),
         (loaded(Table([])), "grand", 0.1, {}, "the data set has no samples"),
         (loaded(data(), drop_last=True), "grand", 0.1, {}, "drop_last=True: it must give every sample once"),

@@ -16,10 +16,8 @@ from raypkg.core.seeds import generator
 from raypkg.coresets.budgets import select
 from raypkg.coresets.loader import CoresetLoader
 from raypkg.coresets.record import Rows
-from raypkg.methods.crest.loader import CrestLoader
 from raypkg.models.language import LanguageModel, with_adapters
-from test_integrations import CLIP, EPOCHS, trainer_of
-from test_loader_in_trainers import RATE, assert_equal_weights
+from test_integrations import EPOCHS, INFOBATCH, assert_equal_weights, lightning_fit, loop, trainer_of
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -50,14 +48,9 @@ class Instructions(Dataset):
 def llama(adapted=False):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=V,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=0,
+        vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
         initializer_range=0.3,  # so that samples differ
-    )
+    )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     if adapted:
         pytest.importorskip("peft")
@@ -115,24 +108,20 @@ def test_without_weights_and_with_answers_of_equal_lengths_the_loss_is_that_of_t
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-6) == equal
 
 
-def loop(model, loader, *, accumulate=1):
-    """Plain PyTorch on weighted coresets."""
-    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9)
-    model.train()
-    for _ in range(EPOCHS):
-        for number, batch in enumerate(loader, 1):
-            losses, _ = sample_losses(model, batch)
-            loader.record(losses, batch["indices"])
-            ((losses * batch["weights"]).mean() / accumulate).backward()
-            if number % accumulate == 0:
-                nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-                optimizer.step()
-                optimizer.zero_grad()
+def recording(loader):
+    """Return the loss of a weighted coreset in a loop that records the losses of samples."""
+
+    def loss(model, batch):
+        losses, _ = sample_losses(model, batch)
+        loader.record(losses, batch["indices"])
+        return (losses * batch["weights"]).mean()
+
+    return loss
 
 
 def chosen(rule):
     if rule == "infobatch":
-        return {"rule": "infobatch", "fraction": 1, "every_epochs": 1}
+        return INFOBATCH
     return {**RDS, "target": Instructions(4, domain=1, seed=1), "rows": language.state_rows}
 
 
@@ -144,51 +133,20 @@ def test_the_trainer_trains_as_the_plain_loop(rule, accumulate, tmp_path):
     trainer = trainer_of(model, tmp_path, options, samples=Instructions(), coreset=chosen(rule))
     trainer.train()
     twin = loader_of(by_hand, **chosen(rule))
-    loop(by_hand, twin, accumulate=accumulate)
+    loop(by_hand, twin, recording(twin), accumulate=accumulate)
     assert_equal_weights(model, by_hand)
     assert trainer.loader.coreset.indices.equal(twin.coreset.indices)
     torch.testing.assert_close(trainer.loader.losses, twin.losses)
     assert twin.losses.isfinite().sum() >= N // 2
 
 
-@pytest.mark.parametrize(("rule", "after"), [("rds_plus", 2), ("infobatch", 4)])
-def test_the_trainer_resumes_in_the_middle_of_an_epoch(rule, after, tmp_path):
-    def train(resume=None):
-        options = {"save_strategy": "steps", "save_steps": after, "save_total_limit": None}
-        trainer = trainer_of(llama(), tmp_path, options, samples=Instructions(), coreset=chosen(rule))
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer
-
-    straight, resumed = train(), train(str(tmp_path / f"checkpoint-{after}"))
-    assert resumed.state.global_step == straight.state.global_step
-    assert all(map(torch.equal, straight.model.state_dict().values(), resumed.model.state_dict().values()))
-    assert resumed.loader.losses.equal(straight.loader.losses)
-
-
 @pytest.mark.filterwarnings("ignore")  # Lightning advises more workers, and GPUs
 def test_lightning_trains_as_the_plain_loop(tmp_path):
-    lightning = pytest.importorskip("lightning")
-    from raypkg.integrations.lightning import CoresetCallback
-
-    class Tuning(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = llama().train()
-
-        def training_step(self, batch, _):
-            return (sample_losses(self.model, batch)[0] * batch["weights"]).mean()
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), RATE, momentum=0.9)
-
-    module, by_hand = Tuning(), llama()
-    trainer = lightning.Trainer(
-        max_epochs=EPOCHS, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=tmp_path, gradient_clip_val=CLIP, callbacks=[CoresetCallback()],
-    )  # fmt: skip
-    trainer.fit(module, loader_of(module.model, **RDS))
-    loop(by_hand, loader_of(by_hand, **RDS))
-    assert_equal_weights(module.model, by_hand)
+    model, by_hand = llama().train(), llama()
+    loader, twin = (loader_of(each, **RDS) for each in (model, by_hand))
+    lightning_fit(model, loader, tmp_path, loss=recording(loader))
+    loop(by_hand, twin, recording(twin))
+    assert_equal_weights(model, by_hand)
 
 
 # Selection
@@ -276,12 +234,12 @@ class Changed(Instructions):
             None,
             r"gradmatch selects by a classifier's head, .* give random, infobatch, ccs or, with rows, less, rds_plus",
         ),
-        ({**RDS, "rows": None}, None, r"give rows, .* such as raypkg.language.state_rows, not None"),
+        ({**RDS, "rows": None}, None, r"give rows, .* such as raypkg.language.state_rows"),
         ({"rows": language.state_rows}, None, "random selects by no rows: rows would do nothing"),
         (
             {**RDS, "rows": lambda model, batches: torch.cat([batch["labels"] for batch in batches])},
             None,
-            r"rows returned torch.int64 \[48, 9\] for 48 samples: must be float \[n, d\]",
+            r"rows are torch.int64 \[48, 9\]: needed is float \[n, d\]",
         ),
         ({**RDS, "rows": lambda model, batches: "x"}, None, "rows returned str of 1 for 0 samples"),
         ({}, Changed(lambda i, y: y.where(torch.tensor(i != 5), -100)), "sample 5 has no answered token: its labels"),
@@ -304,11 +262,6 @@ def test_models_that_are_not_causal_are_refused():
     for model in (transformers.BertForMaskedLM(config), nn.Linear(1, 1)):
         with pytest.raises(UserError, match=f"causal language model of transformers, not {type(model).__name__}"):
             sample_losses(model, batch)
-
-
-def test_crest_without_colm_refuses_a_language_model():
-    with pytest.raises(UserError, match="for a language model give preset colm"):
-        next(iter(CrestLoader(Instructions(), llama(), 8, epochs=1)))
 
 
 def test_the_trainer_trains_on_the_choices_of_colm(tmp_path):

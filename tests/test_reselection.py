@@ -159,14 +159,6 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path, rule):
     assert [bill.forward for bill in straight.bills()] == [bill.forward for bill in resumed.bills()]
 
 
-def test_infobatch_skips_learned_samples_and_ends_on_all():
-    trained = fit(run(rule="infobatch", fraction=1.0, every_epochs=1))
-    sizes = [len(picked) for picked in trained.hooks[-1].coresets]
-    assert sizes[0] == N and max(sizes[1:5]) < N and sizes[5] < N  # progress 5/6 < 0.875
-    weights = trained.hooks[-1].coresets[2].weights
-    assert set(weights.tolist()) == {1.0, 2.0}
-
-
 def test_infobatch_is_unbiased_and_keeps_what_is_hard():
     losses = torch.rand(200, generator=generator(0, "losses")) ** 2
     record = Record(torch.zeros(200, dtype=torch.int64), losses, torch.zeros(200))
@@ -213,14 +205,6 @@ def test_a_sample_not_seen_in_an_epoch_keeps_its_record():
     record = recorded(3, [([0, 1], [1, 1], [1, 1]), ([1], [0], [0]), ([0, 1], [0, 1], [0, 1])])
     assert record.forgotten.tolist() == [1, 1, torch.inf]
     assert record.losses.tolist() == [0, 1, torch.inf]
-
-
-def test_a_rule_of_the_record_needs_one():
-    record = Record.empty(torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(UserError, match="forgetting needs the record of a training"):
-        select(record, 2, "forgetting", seed=0)
-    with pytest.raises(UserError, match="grand selects by gradients: it needs a HeadView, not a Record"):
-        select(record, 2, "grand", seed=0)
 
 
 @pytest.mark.parametrize(

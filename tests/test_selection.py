@@ -6,17 +6,20 @@ import torch
 import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.core.settings import Select
+from raypkg.core.settings import Select, Training
 from raypkg.coresets.budgets import class_budgets, select, select_class
-from raypkg.coresets.gradients import HeadView
+from raypkg.coresets.gradients import HeadView, head_view
 from raypkg.coresets.record import Record
 from raypkg.coresets.rules import coreset
 from raypkg.coresets.rules.matching import safe_rate, steepest
 from raypkg.coresets.sharded import LiveModel, select_coreset
 from raypkg.coresets.solvers import largest
-from raypkg.data import Data
+from raypkg.data import Data, load_data
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
+from raypkg.engine.batches import plain_batches
+from raypkg.engine.loop import fit
+from raypkg.engine.run import Run
 from raypkg.engine.shards import WorkerShards, class_shards
 from raypkg.models import build_model
 
@@ -109,6 +112,7 @@ def misshapen(view, budget, seed):
     [
         ("gradmach", {}, "unknown coreset rule 'gradmach', did you mean 'gradmatch'"),
         ("gradmatch", {"lamda": 1}, "unknown gradmatch option 'lamda', did you mean 'lam'"),
+        ("grand", {"gradients": "full"}, "grand option gradients = full: only a selection by a model"),
         ("test_selection:short", {}, "short' must return a Coreset of 5 .*, not Coreset of 4, largest index 3"),
         ("test_selection:failing", {}, r"test_selection\.py, line \d+, in failing: ZeroDivisionError: of mine"),
         ("test_selection:misshapen", {}, r"misshapen' takes .*: it must be \(samples, budget, \*, …\)"),
@@ -168,19 +172,6 @@ def test_a_rule_of_the_users_own_is_described_by_its_signature_or_its_decorator(
     assert picked.indices.equal(view.norms().argsort()[:20])
 
 
-def test_what_a_decorator_says_must_fit_the_function():
-    with pytest.raises(UserError, match=r"'late' takes \('view', 'budget'\): it must be \(samples, \*, …\)"):
-        coreset("late", sizes_itself=True)(lambda view, budget: None)
-
-
-def test_el2n_and_grand_keep_the_largest_norms():
-    p = reference.problem(30)
-    errors = (p.view.logits.softmax(dim=1) - torch.eye(4, dtype=torch.float64)[p.y]).norm(dim=1)
-    norms = reference.per_sample_gradients(p).flatten(1).norm(dim=1)
-    assert coreset["el2n"](p.view, 6).indices.equal(errors.topk(6).indices)
-    assert coreset["grand"](p.view, 6, rng=generator(0)).indices.equal(norms.topk(6).indices)
-
-
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("num_classes, width", [(4, 6), (20, 30)])  # M costs less than inner products, or more
 def test_gradmatch_equals_its_slow_twin(num_classes, width, seed):
@@ -191,10 +182,11 @@ def test_gradmatch_equals_its_slow_twin(num_classes, width, seed):
         (valid.view, reference.per_sample_gradients(valid).mean(0).flatten()),
     ]:
         for options, lam in (({}, 0.5 * float(mean @ mean)), ({"relative": False}, 0.5)):
-            options = {**options, "normalise": False}
-            picked = coreset["gradmatch"](train.view, 8, target=target, options=options)
             slow = reference.matching_pursuit(atoms, mean, 8, lam=lam)
-            assert weights_of(picked) == pytest.approx({i: 8 * v for i, v in slow.items()}, rel=1e-5)
+            for normalise, total in ((False, 1), (True, sum(slow.values()))):
+                given = {**options, "normalise": normalise}
+                picked = coreset["gradmatch"](train.view, 8, target=target, options=given)
+                assert weights_of(picked) == pytest.approx({i: 8 * v / total for i, v in slow.items()}, rel=1e-5)
 
 
 def late(factor):
@@ -218,14 +210,6 @@ def test_gradmatch_weights_do_not_vanish_with_the_gradients():
     assert published.weights.max() < 1e-3
 
 
-def test_gradmatch_weights_of_mean_one():
-    view = reference.problem(60).view
-    plain, normalised = (coreset["gradmatch"](view, 12, options={"normalise": on}) for on in (False, True))
-    assert normalised.indices.equal(plain.indices)
-    assert float(normalised.weights.mean()) == pytest.approx(1)
-    torch.testing.assert_close(normalised.weights, plain.weights / plain.weights.mean())
-
-
 def test_gradmatch_of_equal_gradients():
     view = HeadView(torch.zeros(10, 2), torch.ones(10, 1), ints(*[0] * 10))  # ‖g‖² = ½ · 2
     matched = coreset["gradmatch"](view, 5, options={"normalise": False})
@@ -244,16 +228,16 @@ def weights_of(picked):
 @pytest.mark.parametrize("batch_size, budget", [(5, 20), (5, 18), (7, 21), (7, 39), (16, 3)])  # 40 = 5 · 7 + 5
 @pytest.mark.parametrize("num_classes, width", [(4, 6), (40, 60)])
 def test_gradmatchpb_equals_its_slow_twin(num_classes, width, seed, batch_size, budget):
-    train = reference.problem(40, num_classes, width, seed=seed)
+    train, valid = (reference.problem(n, num_classes, width, seed=seed) for n in (40, 15))
     batches = torch.randperm(40, generator=generator(seed, "test")).split(batch_size)
-    picked = coreset["gradmatchpb"](
-        train.view,
-        budget,
-        rng=generator(seed, "test"),
-        options={"batch_size": batch_size, "lam": 0.1, "relative": False},
-    )
-    slow = reference.matching_batches(reference.per_sample_gradients(train).flatten(1), batches, budget, lam=0.1)
-    assert weights_of(picked) == pytest.approx(slow, rel=1e-5)
+    options = {"batch_size": batch_size, "lam": 0.1, "relative": False}
+    gradients, aims = (reference.per_sample_gradients(each).flatten(1) for each in (train, valid))
+    targets = [(None, None), (valid.view, aims.mean(dim=0))]
+    for target, mean in targets[: 1 + (budget > 3)]:  # of 3, none may match another mean
+        rng = generator(seed, "test")
+        picked = coreset["gradmatchpb"](train.view, budget, rng=rng, target=target, options=options)
+        slow = reference.matching_batches(gradients, batches, budget, lam=0.1, target=mean)
+        assert weights_of(picked) == pytest.approx(slow, rel=1e-5)
 
 
 def test_batches_of_gradmatchpb_mix_the_classes_whatever_the_balance():
@@ -274,11 +258,9 @@ def test_batches_of_gradmatchpb_mix_the_classes_whatever_the_balance():
 def test_glister_as_published_equals_its_slow_twin(num_classes, width, seed, rounds):
     train, valid = (reference.problem(n, num_classes, width, seed=seed) for n in (40, 15))
     options = {"eta": 0.3 * 6 / width, "rounds": rounds}
-    picked = coreset["glister"](train.view, 10, valid=valid.view, options=options).indices
-    assert picked.tolist() == reference.glister(train, valid, 10, **options)
-    assert coreset["glister"](train.view, 10, options=options).indices.tolist() == reference.glister(
-        train, train, 10, **options
-    )
+    for held_out, given in ((valid, valid.view), (train, None)):
+        picked = coreset["glister"](train.view, 10, valid=given, options=options).indices
+        assert picked.tolist() == reference.glister(train, held_out, 10, **options)
 
 
 def test_glister_doubles_its_rate_where_that_leads_further():
@@ -381,6 +363,50 @@ def test_scores_are_averaged_over_the_models(name, gradients, holders, balanced)
     assert (picked.cost.forward, picked.cost.backward) == (passes + full, full)
 
 
-def test_full_gradients_need_a_model():
-    with pytest.raises(UserError, match="grand option gradients = full: only a selection by a model"):
-        select(reference.problem(9).view, 3, "grand", seed=0, options={"gradients": "full"})
+# Views of real samples by a trained model, against the textbook's forms
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """What an MLP trained on the digits for two epochs makes of them, in float64."""
+    split = load_data("digits").train
+    model = build_model("mlp", split.shape, split.num_classes, seed=0)
+    training = Training(epochs=2, precision="float32")
+    fit(Run.simple(model, split, training, augment=()))
+    everyone = torch.arange(len(split))
+    view = head_view(model, plain_batches(split, everyone, torch.device("cpu")))
+    head = torch.cat([model.head.weight, model.head.bias[:, None]], dim=1).detach().double()
+    return reference.Problem(head, view.features.double(), view.y)
+
+
+@pytest.fixture(scope="module")
+def halves(digits):
+    """Half of the digits to select from, the gradients of those, and the other half."""
+    mine, theirs = (reference.Problem(digits.head, digits.features[i::2], digits.y[i::2]) for i in (0, 1))
+    return mine, reference.per_sample_gradients(mine), theirs
+
+
+@pytest.mark.parametrize("budget", [14, 72, 215])  # 2, 10 and 30 %
+def test_glister_leads_at_least_as_far_as_its_textbook_forms_among_all_classes(halves, budget):
+    train, gradients, valid = halves
+    picked = select_class(train.view, budget, coreset["glister"], seed=0, label="all", options={}, target=valid.view)
+    gain = (gradients * reference.gradient(valid.head, valid.features, valid.y)).sum(dim=(1, 2))
+    textbook = {
+        "DeepCore": gain.topk(budget).indices,
+        "CORDS": reference.taylor_greedy(gradients, train.head, valid, budget),
+    }
+    lowest = {name: reference.lowest_loss(valid, gradients[chosen].sum(dim=0)) for name, chosen in textbook.items()}
+    assert reference.lowest_loss(valid, gradients[picked.indices].sum(dim=0)) < min(lowest.values())
+
+
+@pytest.mark.parametrize("batches", [2, 4, 8])
+def test_gradmatchpb_matches_at_least_as_well_as_its_textbook_form(halves, batches):
+    train, gradients, _ = halves
+    rows = gradients.flatten(1)
+    target = rows.mean(dim=0)
+    drawn = torch.randperm(len(rows), generator=generator(0, "select", "all")).split(32)
+    means = torch.stack([rows[batch].mean(dim=0) for batch in drawn])
+    textbook = reference.plain_pursuit(means, target, batches)
+    picked = select(train.view, 32 * batches, "gradmatchpb", seed=0)
+    matched = picked.weights.double() @ rows[picked.indices] / len(picked)
+    assert float((matched - target).square().sum()) <= textbook * (1 + 1e-6)

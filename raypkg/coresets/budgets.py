@@ -69,13 +69,8 @@ def select_class(
     as in ``select``.
     """
     n = len(samples)
-    if isinstance(target, HeadView) and isinstance(samples, HeadView):
-        if not len(target):
-            raise UserError("the target has no samples")
-        theirs = (target.num_classes, target.width)
-        ours = (samples.num_classes, samples.width)
-        if theirs != ours:
-            raise UserError(f"the target has classes and features {theirs}, the samples {ours}: they need one model")
+    if isinstance(target, HeadView) and not len(target):
+        raise UserError("the target has no samples")
     if rule.sizes_itself and budget < n:
         raise UserError(f"{rule.name} keeps as many samples as it sees fit: a budget of {budget} cannot be set")
 
@@ -136,14 +131,12 @@ def select(
     rule = coreset[name]
     if not 1 <= budget <= len(samples):
         raise UserError(f"budget {budget}: must be from 1 to the number of samples, {len(samples)}")
-    if rule.sees == "gradients" and not isinstance(samples, HeadView):
-        raise UserError(f"{name} selects by gradients: it needs a HeadView, not a {type(samples).__name__}")
-    if rule.sees == "record" and rule.takes and not isinstance(samples, rule.takes):
-        kind = type(samples).__name__
-        raise UserError(f"{name} selects by what a training recorded: it needs a Record, not a {kind}")
-    for each in (samples, samples if target is None else target) if rule.sees == "rows" else ():
-        if not isinstance(each, Rows):
-            raise UserError(f"{name} selects by rows: it needs Rows, not a {type(each).__name__}")
+    needed = {"gradients": ("gradients", (HeadView,)), "rows": ("rows", (Rows,))}
+    by, kinds = needed.get(rule.sees, ("what a training recorded", rule.takes or (object,)))
+    for each in (samples, target) if rule.sees == "rows" and target is not None else (samples,):
+        if not isinstance(each, kinds):
+            needs = " or ".join(kind.__name__ for kind in kinds)
+            raise UserError(f"{name} selects by {by}: it needs a {needs}, not a {type(each).__name__}")
     common: dict[str, Any] = {"seed": seed, "options": options or {}, "memory": memory, "progress": progress}
     common |= {"target": target, "device": device}
     if isinstance(samples, Rows) or not (balanced and rule.by_class):

@@ -46,13 +46,11 @@ class HeadView:
 
     def __post_init__(self):
         logits, features, y = self.logits, self.features, self.y
-        if (logits.dim(), features.dim(), y.dim()) != (2, 2, 1) or not len(logits) == len(features) == len(y):
-            shapes = f"logits {list(logits.shape)}, features {list(features.shape)}, y {list(y.shape)}"
-            raise UserError(f"{shapes}: expected [n, C], [n, D], [n]")
+        ranks = (logits.dim(), features.dim(), y.dim()) == (2, 2, 1) and len(logits) == len(features) == len(y)
         real = logits.dtype in (torch.float32, torch.float64)
-        if not real or features.dtype != logits.dtype or y.dtype != torch.int64:
-            dtypes = f"logits {logits.dtype}, features {features.dtype}, y {y.dtype}"
-            raise UserError(f"{dtypes}: expected float32 or float64 twice, and int64")
+        if not (ranks and real and features.dtype == logits.dtype and y.dtype == torch.int64):
+            given = ", ".join(f"{each.dtype} {list(each.shape)}" for each in (logits, features, y))
+            raise UserError(f"logits, features and y are {given}: expected float [n, C], float [n, D], int64 [n]")
         _check_samples("label out of range", (y >= 0) & (y < self.num_classes))
         _check_samples("NaN or infinite logits", _all_finite(logits))
         _check_samples("NaN or infinite features", _all_finite(features))

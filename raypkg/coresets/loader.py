@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Never
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
-from raypkg.core.config import current_name, validate
+from raypkg.core.config import validate
 from raypkg.core.errors import UserError, as_arguments, described, shown
 from raypkg.core.seeds import derive, generator
 from raypkg.core.settings import Reselect
@@ -24,7 +24,6 @@ from .batches import (
     TappedByForm,
     attempt,
     check_count,
-    check_keywords,
     check_state,
     in_form_of,
     in_touch,
@@ -86,7 +85,6 @@ class CoresetLoader:
             ``raypkg.language.state_rows`` for rds_plus. Batches are mappings with labels, or the x of pairs. The model
             is in evaluation mode.
         options: the rule's own.
-        former: former names of arguments, refused with the present ones.
 
     Raises:
         UserError: unknown rule or option, a value out of range, a loader that omits samples or cannot be indexed, a
@@ -118,23 +116,16 @@ class CoresetLoader:
         target: Dataset[Any] | None = None,
         rows: Callable[[nn.Module, Iterator[Any]], Tensor] | None = None,
         options: Mapping[str, Any] | None = None,
-        **former: Never,
     ):
-        for name in former:
-            if now := current_name(Reselect, name):
-                raise UserError(f"CoresetLoader's {name} is now called {now}")
-        check_keywords(CoresetLoader, former)
         check_count("CoresetLoader", epochs=epochs)
         when = {"every_epochs": every_epochs, "warm_epochs": warm_epochs}
         chosen = {"rule": rule, "fraction": fraction, "balanced": balanced, "options": dict(options or {}), **when}
         self.settings: Reselect = validate(Reselect, chosen)
         self.rule = coreset[rule]
         by_rows = self.rule.sees == "rows"
-        if by_rows and not callable(rows):
-            missing = "rows, a function (model, batches) such as raypkg.language.state_rows"
-            raise UserError(f"{rule} selects by rows of a model: give {missing}, not {shown(rows)}")
-        if rows is not None and not by_rows:
-            raise UserError(f"{rule} selects by no rows: rows would do nothing")
+        if by_rows == (rows is None):
+            missing = "by rows of a model: give rows, a function (model, batches) such as raypkg.language.state_rows"
+            raise UserError(f"{rule} selects {missing if by_rows else 'by no rows: rows would do nothing'}")
         self.rows = rows
         check_schedule(self.settings, epochs, has_rows=by_rows)
         if not isinstance(loader, DataLoader) or not loader.batch_size:
@@ -266,8 +257,6 @@ class CoresetLoader:
             UserError: it is of other data, rule, schedule or seed, or of something else.
         """
         check_state("CoresetLoader", state, ("indices", "weights", "epoch", *RECORDED), self._fixed)
-        if (size := len(state["losses"])) != self.n:
-            raise UserError(f"the checkpoint is of {size} samples, this data set has {self.n}")
         self.coreset = Coreset(state["indices"], state["weights"])
         self.epoch = state["epoch"]
         self._position = state.get("position", 0)  # older states are from between epochs
@@ -356,8 +345,7 @@ class CoresetLoader:
                 with in_mode(self.model, training=False):
                     share = self.rows(self.model, inputs)
                 n = sum(map(len, seen))
-                is_matrix = isinstance(share, Tensor) and share.dim() == 2 and share.is_floating_point()
-                if not is_matrix or len(share) != n:
+                if not isinstance(share, Tensor) or len(share) != n:  # ``Rows`` refuses other forms
                     raise UserError(f"rows returned {described(share)} for {n} samples: must be float [n, d]")
                 share = share.detach().cpu()
             else:

@@ -135,7 +135,7 @@ class Rows:
     They are read in chunks, so that they may exceed the memory.
 
     Raises:
-        UserError: shapes or dtypes do not fit.
+        UserError: the values are no float [n, d].
 
     >>> pool = Rows(torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
     >>> pool.similarity(Rows(torch.tensor([[0.0, 1.0]])))
@@ -147,11 +147,9 @@ class Rows:
     tasks: Tensor | None = None  # subtask of each target sample, int64 [n]; None = all of one task
 
     def __post_init__(self) -> None:
-        values, tasks = self.values, self.tasks
+        values = self.values
         if values.dim() != 2 or not values.is_floating_point():
             raise UserError(f"rows are {values.dtype} {list(values.shape)}: needed is float [n, d]")
-        if tasks is not None and (tasks.dtype != torch.int64 or tasks.shape != values.shape[:1]):
-            raise UserError(f"tasks are {tasks.dtype} {list(tasks.shape)}: needed is int64 [{len(values)}]")
 
     def __len__(self) -> int:
         return len(self.values)

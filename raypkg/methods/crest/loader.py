@@ -22,7 +22,6 @@ from raypkg.coresets.batches import (
     Worker,
     as_dataset,
     check_count,
-    check_keywords,
     check_state,
     in_form_of,
     load_batches,
@@ -95,7 +94,6 @@ class CrestLoader:
         seed: int = 0,
         **options: Any,
     ):
-        check_keywords(CrestLoader, options, [*CrestOptions.model_fields, *CrestOptions.renamed])
         if (epochs is None) == (steps is None):
             raise UserError("CrestLoader needs the length of the training: give either epochs or steps")
         length = {"steps": steps} if epochs is None else {"epochs": epochs}
@@ -112,8 +110,6 @@ class CrestLoader:
         check_kind(model, self.options.choose)
         causal = self.options.choose == "colm"
         self.loop = DatasetLoop(TappedByForm(model), data, n, batch_size, seed, total, collate_fn, causal)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise UserError(f"{type(model).__name__} has no parameter to train for CREST's local model")
         kind = Colm if self.options.choose == "colm" else CrestAlgorithm
         self.algorithm = kind(self.options, self.loop, torch.arange(n), batch_size)
         self.end: int | None = None  # of the pass that has begun and is not finished, in steps
