@@ -1,7 +1,10 @@
 """Commands called in this process, and what their runs leave, compared."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +24,12 @@ def run(root: Path, experiment: str, name: str, *options: object) -> Path:
     """Make a run, and return its folder."""
     effray(experiment, "--root", root, "--name", name, *options)
     return root / experiment / name
+
+
+def driver(*words: object, **options: Any) -> subprocess.Popen:
+    """Start a command in a process of its own, with a cluster of its own."""
+    command = [sys.executable, "-m", "raypkg", *map(str, words), "--cluster.address", "local"]
+    return subprocess.Popen(command, **options)
 
 
 def picks(folder: Path) -> list[int]:

@@ -1,9 +1,9 @@
 """Ray is reached within seconds or refused in one line, never where others reach it; and what fits a cluster."""
 
 import os
+import re
 import socket
 import threading
-import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -20,30 +20,20 @@ HTTP = b"HTTP/1.1 400 Bad Request\r\n\r\n"
 
 @contextmanager
 def listening(answer: bytes | None):
-    """Listen, and answer each connection; None = never."""
-    server = socket.create_server(("127.0.0.1", 0))
+    """Listen, and answer the first connection; None = never."""
     kept = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
 
-    def serve():
-        while True:
-            try:
-                connection, _ = server.accept()
-            except OSError:
-                return
+        def serve():
+            connection, _ = server.accept()
             kept.append(connection)
-            if answer is not None:
-                connection.sendall(answer)
+            connection.sendall(answer or b"")
 
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
         yield f"127.0.0.1:{server.getsockname()[1]}"
-    finally:
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
         thread.join()
-        for connection in kept:
-            connection.close()
+        kept.pop().close()
 
 
 @pytest.fixture
@@ -52,43 +42,27 @@ def quick(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
-def test_a_head_answers(quick):
+def test_a_head_is_told_from_what_is_none_and_one_with_certificates_is_not_asked(quick, monkeypatch):
     with listening(GRPC) as address:
         session._check_answers(address)
-
-
-@pytest.mark.parametrize(
-    ("answer", "reason"), [(HTTP, "something else listens there"), (b"", "timed out"), (None, "timed out")]
-)
-def test_what_is_no_head_is_told_from_one(quick, answer, reason):
-    with listening(answer) as address, pytest.raises(OSError, match=reason):
-        session._check_answers(address)
-
-
-def test_a_head_with_certificates_is_not_asked(quick, monkeypatch):
+    for answer, reason in ((HTTP, "something else listens there"), (None, "timed out")):
+        with listening(answer) as address, pytest.raises(OSError, match=reason):
+            session._check_answers(address)
     monkeypatch.setenv("RAY_USE_TLS", "1")
     with listening(None) as address:
         session._check_answers(address)
 
 
-@pytest.mark.parametrize("asked", ["127.0.0.1:1", "nowhere", "no.such.host.invalid:6379", "[::1]:1", "localhost:port"])
+@pytest.mark.parametrize("asked", ["127.0.0.1:1", "nowhere", "no.such.host.invalid:6379", "[::1]:1", "ray://head:1"])
 @pytest.mark.parametrize("place", ["setting", "environment"])
 def test_an_address_at_which_no_cluster_answers_is_refused_in_one_line(quick, monkeypatch, asked, place):
-    begin = time.monotonic()
     if place == "environment":
         monkeypatch.setenv("RAY_ADDRESS", asked)
-    settings = Cluster(address=asked if place == "setting" else None)
-    with pytest.raises(UserError) as refusal:
-        session.connect(settings)
-    message = str(refusal.value)
-    assert f"no Ray cluster answers at cluster.address = {asked!r}" in message
-    assert "--cluster.workers 0 trains in this process, without Ray" in message
-    assert time.monotonic() - begin < 20
-
-
-def test_ray_client_is_refused(quick):
-    with pytest.raises(UserError, match="'ray://head:10001' is Ray Client's, which cannot train"):
-        session.connect(Cluster(address="ray://head:10001"))
+    message = rf"no Ray cluster answers at cluster.address = {re.escape(repr(asked))} .*; --cluster.workers 0 trains in"
+    if asked.startswith("ray:"):
+        message = f"{asked!r} is Ray Client's, which cannot train"
+    with pytest.raises(UserError, match=message):
+        session.connect(Cluster(address=asked if place == "setting" else None))
 
 
 def test_a_cluster_that_died_without_ray_stop_is_replaced(quick, monkeypatch, caplog, tmp_path):
@@ -125,36 +99,33 @@ def test_a_dead_raylet_is_one_line():
         raise RuntimeError("a mistake")
 
 
-def test_only_its_own_cluster_is_shut_down_even_if_another_took_its_place(quick, monkeypatch):
+@pytest.fixture
+def pretended(quick, monkeypatch):
+    """Connect to a cluster that is pretended; return Ray, the node that this process is on, and what is shut down."""
     import ray
 
-    shut = []
-    node = "its own"
+    node, shut = ["its own"], []
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: None)
-    monkeypatch.setattr(ray, "shutdown", lambda: shut.append(node))
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: node))
+    monkeypatch.setattr(ray, "shutdown", lambda: shut.append(node[0]))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: node[0]))
     monkeypatch.setattr(session, "_own_node", "")
+    return ray, node, shut
+
+
+def test_only_its_own_cluster_is_shut_down_even_if_another_took_its_place(pretended, monkeypatch):
+    ray, node, shut = pretended
     session.connect(Cluster(address="local"))
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     session.disconnect()
-    node = "the caller's"
+    node[0] = "the caller's"
     session.disconnect()
     assert shut == ["its own"]
 
 
-@pytest.mark.parametrize(("mode", "warned"), [("token", False), ("Token", False), ("disabled", True), (None, True)])
-def test_a_cluster_without_a_token_is_reported(quick, monkeypatch, caplog, mode, warned):
-    import ray
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **options: None)
-    monkeypatch.setattr(session, "_own_node", "")
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
-    if mode is None:
-        monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    else:
-        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+@pytest.mark.parametrize(("mode", "warned"), [("Token", False), ("disabled", True), ("", True)])
+def test_a_cluster_without_a_token_is_reported(pretended, monkeypatch, caplog, mode, warned):
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
     session.connect(Cluster(address="local"))
     assert ("this Ray cluster requires no token" in caplog.text) == warned
 
@@ -196,23 +167,15 @@ def cluster(monkeypatch):
 def test_the_size_of_workers(cluster, nodes, settings, size):
     cluster(*nodes)
     assert plan(Cluster(**settings)) == size
+    assert plan(Cluster(**settings), most=1).workers == settings.get("workers", 1)  # no more than there is work for
 
 
-def test_no_more_workers_than_there_is_work_for(cluster):
-    cluster(BIG)
-    assert plan(Cluster(), most=3) == Plan(3, 12, 1)
-
-
-def test_trials_divide_a_node_by_its_gpus(cluster):
+def test_trials_divide_a_node_by_its_gpus_and_one_in_one_process_has_none(cluster):
     cluster(SMALL)
     size = trial_size(Cluster(), None)
     assert size == Plan(1, 4, 1, at_once=4)
     # What a trial plans for itself, from the settings that it is given, is what it was given room for.
     assert plan(Cluster(workers=size.of_a_trial)) == Plan(1, 4, 1)
-
-
-def test_a_trial_in_one_process_has_no_gpu_and_one_cpu(cluster):
-    cluster(SMALL)
     size = trial_size(Cluster(workers=0), None)
     assert size == Plan(1, 1, 0, at_once=16) and size.of_a_trial == 0
 

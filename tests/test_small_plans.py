@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from raypkg.cli import main
+from ray_runs import effray
 from raypkg.cluster.session import is_apart
 from raypkg.core.settings import Model
 from raypkg.data import Data, load_data
@@ -44,11 +44,6 @@ def chosen(settings):
     return found.cluster.workers
 
 
-def test_operations_by_hand():
-    stages = [selection_stage(), main_stage(settings())]
-    assert operations(settings().model, SAMPLES, stages) == FORWARD * (N + 3 * 2 * N)
-
-
 def test_texts_count_by_their_own_length_not_by_the_longest_allowed(tmp_path):
     file = tmp_path / "a.tsv"
     lines = (f"{'good bad fine poor ' * 5}\t{number % 2}\n" for number in range(60))
@@ -64,11 +59,13 @@ def test_the_number_of_operations_decides(alone):
     whole = settings()
     assert chosen(whole) == 0
     count = FORWARD * 3 * 2 * N
+    assert operations(whole.model, SAMPLES, [selection_stage(), main_stage(whole)]) == FORWARD * N + count
     alone.setattr(phases, "BOUND", count)
     assert chosen(whole) is None
     alone.setattr(phases, "BOUND", count + 1)
     assert chosen(whole) == 0
     assert chosen(settings(cluster={"workers": 2})) == 2  # a given number wins
+    assert chosen(whole.model_copy(update={"model": Model(name="my_code:net")})) is None  # not built for it
 
 
 @pytest.mark.parametrize("there", ["address", "job", "ray start", "joined", "GPU"])
@@ -87,21 +84,13 @@ def test_a_cluster_or_a_gpu_is_used(alone, tmp_path, there):
     assert chosen(settings(cluster=address)) is None
 
 
-def test_other_models_keep_their_workers(alone):
-    assert chosen(settings().model_copy(update={"model": Model(name="my_code:net")})) is None  # not built for it
-
-
 def test_a_run_says_so_and_stores_it(alone, tmp_path, monkeypatch, capsys, blank_pictures):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        main("train --model linear --train.epochs 1 --name one".split())
-    assert not ended.value.code
+    effray(*"train --model linear --train.epochs 1 --name one".split())
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cluster.workers")]
     assert lines == ["cluster.workers = 0, this process: 5.1e+06 operations, and Ray's start pays from 3e+11 on"]
     stored = tomllib.loads((tmp_path / "runs/train/one/config.toml").read_text())
     assert stored["cluster"]["workers"] == 0 and BOUND == 3e11
 
-    with pytest.raises(SystemExit) as ended:
-        main("select --model-from one --rule grand --fraction 0.1".split())
-    out = capsys.readouterr().out
-    assert not ended.value.code and "cluster.workers = 0, this process: 1.7e+06 operations" in out
+    effray(*"select --model-from one --rule grand --fraction 0.1".split())
+    assert "cluster.workers = 0, this process: 1.7e+06 operations" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ray.tune.result import DONE
 
-from raypkg.cli import main
+from ray_runs import effray
 from raypkg.cli.runs import folded
 from raypkg.cluster.trials import TrialProcess
 from raypkg.core.config import load_settings, read_toml
@@ -27,18 +27,7 @@ from raypkg.studies.driver import run_trial
 from raypkg.studies.outcomes import estimated, front, paired_difference
 from raypkg.studies.show import conclude, show_study, write_page
 from raypkg.studies.start import check_counts, resume_study
-from raypkg.studies.study import (
-    Order,
-    Record,
-    Study,
-    Trial,
-    TrialRun,
-    as_table,
-    create_study,
-    find_study,
-    is_study,
-    ranked,
-)
+from raypkg.studies.study import Order, Record, Study, Trial, TrialRun, as_table, create_study, find_study, ranked
 from raypkg.studies.tables import current_function
 
 ORDER = Order(experiment="crest", metric="accuracy", mode="max", samples=4)
@@ -95,15 +84,12 @@ def test_run_folders_decide_the_states_of_trials(sweep):
     assert [sweep.state(number) for number in range(4)] == ["unfinished", "done", "unfinished", "failed"]
 
 
-def test_a_driver_that_died_before_it_recorded_a_done_trial_does_so_when_it_resumes(sweep):
+def test_a_done_run_is_a_done_trial_even_if_its_process_or_its_driver_died_before_the_record(sweep):
     assert [trial.ended for trial in sweep.trials] == ["done", None, "stopped", None]
+    assert sweep.ended(1, "its process died") == "done" and sweep.trials[1].error is None
+    sweep.trials[1].ended = None
     sweep.settle()
     assert [trial.ended for trial in sweep.trials] == ["done", "done", "stopped", None]
-
-
-def test_a_process_that_dies_after_its_run_was_done_leaves_no_failed_trial(sweep):
-    assert sweep.ended(1, "its process died") == "done"
-    assert sweep.trials[1].model_dump(include={"ended", "error"}) == {"ended": "done", "error": None}
 
 
 def reported(tmp_path, **values):
@@ -155,34 +141,28 @@ def process_of(trial, home="/"):
     return process
 
 
-def test_a_stopped_trial_closes_its_files_where_it_reports(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"), [(ValueError("a bug"), "a bug"), (SystemExit(0), r"ended itself by SystemExit\(0\)")]
+)
+def test_a_stopped_trial_closes_its_files_and_an_exception_reaches_the_reader(tmp_path, monkeypatch, error, message):
     monkeypatch.chdir(tmp_path)
     closed = []
 
     def trial(number, values, tell):
         try:
             tell({"epoch": 1})
+            raise error
         finally:
             closed.append(True)
 
     process = process_of(trial)
-    assert process.step() == {"epoch": 1, DONE: False}
-    assert not closed  # it waits
+    assert process.step() == {"epoch": 1, DONE: False} and not closed  # it waits
     process.cleanup()
     assert closed and not process._thread.is_alive()
-
-
-@pytest.mark.parametrize(
-    ("error", "message"), [(ValueError("a bug"), "a bug"), (SystemExit(0), r"ended itself by SystemExit\(0\)")]
-)
-def test_a_trials_exception_is_raised_to_the_reader_of_its_rows(tmp_path, monkeypatch, error, message):
-    monkeypatch.chdir(tmp_path)
-
-    def trial(number, values, tell):
-        raise error
-
+    process = process_of(trial)
+    process.step()
     with pytest.raises((ValueError, RuntimeError), match=message):
-        process_of(trial).step()
+        process.step()
 
 
 def test_a_trial_finds_the_process_as_the_first_one_did(tmp_path, monkeypatch):
@@ -259,14 +239,9 @@ def test_a_difference_is_taken_seed_by_seed():
     assert found.mean == pytest.approx(2.0)
     # Differences 1, 2 and 3 have s = 1; the printed quantile for two degrees of freedom is 4.302653.
     assert found.spread == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
-
-
-def test_one_seed_has_no_interval_and_none_no_difference():
-    assert paired_difference({0: 2.0}, {0: 1.0}).mean == 1.0
-    assert math.isnan(paired_difference({0: 2.0}, {0: 1.0}).spread)
-    assert math.isnan(estimated([3.0]).spread)
-    assert paired_difference({0: 2.0}, {1: 1.0}) is None
-    assert estimated([]) is None
+    of_one = paired_difference({0: 2.0}, {0: 1.0})
+    assert of_one.mean == 1.0 and math.isnan(of_one.spread) and math.isnan(estimated([3.0]).spread)
+    assert paired_difference({0: 2.0}, {1: 1.0}) is None is estimated([])
 
 
 # Results
@@ -345,7 +320,6 @@ def test_plots_take_few_trials_choices_ranges_and_failures(tmp_path, count):
 
 
 def test_names_are_not_taken_twice(sweep, tmp_path):
-    assert is_study(sweep.storage)
     with pytest.raises(UserError, match="did you mean 's'"):
         find_study(str(tmp_path), "ss")
     with pytest.raises(UserError, match="sweep 's' exists"):
@@ -383,8 +357,7 @@ def test_there_are_1_to_10000_trials(option, count):
 
 @pytest.mark.parametrize("more", [[], ["--resume", "s"]])
 def test_credentials_do_not_reach_ray_tune(capsys, more):
-    with pytest.raises(SystemExit):
-        main(["tune", "train", *more, "--root", "s3://KEY:SECRET@bucket/runs"])
+    effray("tune", "train", *more, "--root", "s3://KEY:SECRET@bucket/runs", code=2)
     assert "--root has credentials in it, which Ray Tune would keep" in capsys.readouterr().err
 
 
@@ -414,9 +387,7 @@ def test_a_sweep_of_an_earlier_version_is_shown_and_resumed(tmp_path, capsys, mo
     }  # fmt: skip
     study = stored(tmp_path, order, [({"select.method": "el2n"}, {}), ({"select.method": "craig"}, {})], SPACE)
     assert study.waiting() == [(0, {"select.rule": "el2n"}), (1, {"select.rule": "craig"})]
-    with pytest.raises(SystemExit) as ended:
-        main(["show", "old", "--root", str(tmp_path)])
-    assert not ended.value.code
+    effray("show", "old", "--root", tmp_path)
     assert f"resume with: effray tune lipt --resume old --root {tmp_path}" in capsys.readouterr().out
     resumed = []
     monkeypatch.setattr("raypkg.cluster.session.connect", lambda *_, **__: None)
@@ -441,12 +412,9 @@ def test_a_comparison_of_an_earlier_version_is_shown_and_resumed(tmp_path, capsy
         "proxy_method": None, "varied": [], "fixed": {}, "asked": "deltagrad", "scale": "small", "table": table,
     }  # fmt: skip
     stored(tmp_path, order, [({"replay.pairs": 2, "seed": 0}, {"after": after})])
-    with pytest.raises(SystemExit) as ended:
-        main(["show", "old", "--root", str(tmp_path)])
-    assert not ended.value.code and "old: 1 trials are left" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as ended:
-        main(["compare", "deltagrad", "--resume", "old", "--root", str(tmp_path), "--cluster.workers", "0"])
-    assert not ended.value.code
+    effray("show", "old", "--root", tmp_path)
+    assert "old: 1 trials are left" in capsys.readouterr().out
+    effray("compare", "deltagrad", "--resume", "old", "--root", tmp_path, "--cluster.workers", "0")
     out = capsys.readouterr().out
     assert "1 trials of deltagrad to run, 0 done" in out and "old-000 (m 2; seed 0) done: test_accuracy" in out
     (row,) = pq.read_table(tmp_path / "tune/old/results.parquet").to_pylist()

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raypkg.cli import main
-from raypkg.core.errors import UserError
+from ray_runs import effray
 
 NOTEBOOK = Path(__file__).parents[1] / "raypkg/cli/tutorial/tutorial.ipynb"
 CELLS = ["".join(c["source"]) for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code"]
@@ -36,9 +35,7 @@ def run(cell, names):
 def folder(tmp_path, monkeypatch):
     """Copy the tutorial and work there."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        main(["tutorial", "mine"])
-    assert not ended.value.code
+    effray("tutorial", "mine")
     monkeypatch.chdir("mine")
     return tmp_path / "mine"
 
@@ -49,9 +46,8 @@ def test_the_folder_is_complete_and_is_never_overwritten(folder, monkeypatch, ca
     assert [each.name for each in folder.parent.iterdir()] == ["mine"]  # no temporary folder is left
     monkeypatch.chdir(folder.parent)
     for place, words in {"mine": "mine exists", "none/here": "cannot write none/here: No such file"}.items():
-        with pytest.raises(SystemExit) as ended:
-            main(["tutorial", place])
-        assert ended.value.code == 2 and words in capsys.readouterr().err
+        effray("tutorial", place, code=2)
+        assert words in capsys.readouterr().err
 
 
 def test_the_notebook_is_stored_without_outputs():
@@ -63,16 +59,7 @@ def test_the_notebook_is_stored_without_outputs():
 @pytest.mark.parametrize("command", [each for each in COMMANDS if each.startswith("effray")])
 def test_its_commands_are_understood(command, monkeypatch):
     monkeypatch.chdir(NOTEBOOK.parent)
-    with pytest.raises(SystemExit) as ended:
-        main([*shlex.split(command)[1:], "--help"])
-    assert not ended.value.code
-
-
-def test_a_failing_cell_is_noticed():
-    with pytest.raises(AssertionError, match="unknown command"):
-        run("!effray trian\n!true", {})
-    with pytest.raises(UserError):
-        run("import raypkg\nraypkg.load_data('digit')", {})
+    effray(*shlex.split(command)[1:], "--help")
 
 
 @pytest.mark.slow

@@ -11,9 +11,8 @@ import raypkg
 from raypkg.core.errors import UserError, unknown
 from raypkg.experiments import experiment
 
-from .models import diff, evaluate, export, predict
 from .options import PLACE, ExampleHelp, say
-from .runs import list_runs, remove_runs
+from .runs import diff, evaluate, export, list_runs, predict, remove_runs
 from .studies import compare_tables, report_page, tune
 
 

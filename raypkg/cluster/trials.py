@@ -109,8 +109,6 @@ def optuna(
         raise UserError("--search optuna needs Optuna: pip install 'effray[optuna]'")
     fixed = constants(space)
     varied = {name: domain for name, domain in space.items() if name not in fixed}
-    if not varied:
-        raise UserError("--search optuna: the space has plain values only, and nothing to search")
     logging.getLogger("optuna").setLevel(logging.WARNING)
     try:
         distributions = OptunaSearch.convert_search_space(varied)

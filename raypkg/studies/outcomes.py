@@ -26,9 +26,8 @@ from .study import AFTER, DONE, Study, TrialRun, bill
 from .tables import METRICS, NOT_PAID, PAID, UNKNOWN, Table
 
 CONFIDENCE = 0.95
-HELD_OUT = "accuracy"  # the metric on held-out samples, by which rates are chosen
+HELD_OUT = "accuracy"  # on held-out samples, the metric of the learning curves; rates are chosen by it
 SHOWN = ("forward", "backward", "work", "seconds", "memory")  # costs of a line
-CURVE = "accuracy"  # the metric of the learning curves
 EQUAL = 0.02  # relative difference of equal work
 K = TypeVar("K", bound=Hashable)
 Point = tuple[float, float]  # work and metric of a run
@@ -164,7 +163,7 @@ class Outcomes:
                 reached = [[backward for backward, value in curve if sign * value >= sign * goal] for curve in curves]
                 firsts = [backward[0] for backward in reached if backward]
                 goals[metric, goal] = GoalCost(estimated(firsts), len(firsts), len(curves))
-        curves = [curve for run in runs if (curve := run.backward_curve(CURVE))]
+        curves = [curve for run in runs if (curve := run.backward_curve(HELD_OUT))]
         mean_curve = np.empty((0, 2))  # [epochs, 2]
         if curves:
             shortest = min(map(len, curves))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from html import escape
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -42,20 +43,25 @@ LEGEND = (
     " / 3 samples, evaluation excluded; verdict: the difference from the baseline's rows, interpolated at the row's"
     " work, paid or did not pay if its interval excludes 0; Pareto front: of the metric against work"
 )
-Section = tuple[Grid, Sequence[str]]  # a table of a report, and the plots below it by their names
+Section = tuple[Grid | None, Sequence[str]]  # a table of a report, and the names of the plots below its title
 
 
 class Report(NamedTuple):
-    """The content of a study's page."""
+    """The content of a page."""
 
     title: str
     finding: str  # a sentence; empty without results
     sections: Sequence[Section]
     lines: Sequence[str]  # below the sections
     notes: Sequence[str]
-    results: Sequence[Row]  # one for each trial
+    results: Sequence[Row] = ()  # one for each trial
     best: Row | None = None  # of the best trial of a sweep
     verdicts: Sequence[Row] = ()  # of a comparison
+
+    @property
+    def grids(self) -> list[Grid]:
+        """The tables."""
+        return [grid for grid, _ in self.sections if grid]
 
 
 def report_of(study: Study, table: Table | None = None, *, final: bool = False) -> Report:
@@ -69,7 +75,7 @@ def show_study(study: Study, table: Table | None = None) -> None:
     """Print a study's tables, its failed trials and its findings."""
     console = terminal()
     report = report_of(study, table)
-    for grid, _ in report.sections:
+    for grid in report.grids:
         grid.print()
     for line in report.notes:
         console.print(line, style="dim", soft_wrap=True)
@@ -118,32 +124,24 @@ def conclude(study: Study) -> None:
     versions = ", ".join(f"{name} {here['packages'][name]}" for name in ("effray", "torch"))
     date = here["started"].partition("T")[0]
     machine = here["processor"] or here["machine"]
-    count = len(study.numbers())
-    origin = f"{count} trials, written {date} on {machine} with {versions}."
+    origin = f"{len(study.numbers())} trials, written {date} on {machine} with {versions}."
+    report = report._replace(notes=[*report.notes, origin])
 
     title, *texts = (escape(text, quote=False) for text in (report.title, report.finding, *report.lines, *report.notes))
-    parts = [f"# {title}", *texts[:1], *(grid.markdown() for grid, _ in report.sections), *texts[1:]]
-    storage.write(MARKDOWN, ("\n\n".join([*filter(None, parts), origin]) + "\n").encode())
+    parts = [f"# {title}", *texts[:1], *(grid.markdown() for grid in report.grids), *texts[1:]]
+    storage.write(MARKDOWN, ("\n\n".join(filter(None, parts)) + "\n").encode())
 
     links: dict[str, str] = {}  # to the pages of trials, by name and by number in the table of a sweep
     for row in report.results:
         if PAGE in study.run_storage(row["trial"]).list():
             names = [row["run"]] if study.order.table else [f"{row['trial']}", f"*{row['trial']}"]
             links |= dict.fromkeys(names, f"../../{study.experiment}/{row['run']}/{PAGE}")
-    html = [paragraph(report.finding, "finding")]
-    files = [(f"{name}.png", grid.title) for grid, pictures in report.sections for name in pictures]
-    drawn = iter(_pictures(storage, files))
-    for grid, pictures in report.sections:
-        first, *others = [next(drawn) for _ in pictures]
-        html += [grid.html(first, links), *others]
-    html += [paragraph(line) for line in report.lines]
     if study.order.table:
         names = ["run", "case", "row", "seed", "state", study.order.metric]
         runs = [[in_full(row.get(name)) for name in names] for row in report.results]
-        html.append(Grid("Runs", names, runs).html(links=links))
-    html += [paragraph(line, "note") for line in (*report.notes, origin)]
-    html.append(_settings_grid(study.config, "Settings that all trials share").html())
-    storage.write(PAGE, document(f"{study.name}: {report.title}", html).encode())
+        report = report._replace(sections=[*report.sections, (Grid("Runs", names, runs), ())])
+    report = report._replace(title=f"{study.name}: {report.title}")
+    storage.write(PAGE, _page(report, storage, study.config, links).encode())
 
 
 def write_page(folder: RunFolder) -> str:
@@ -164,16 +162,13 @@ def written(folder: RunFolder, form: str) -> str:
     """Return the tables of a finished run or of a study as Markdown, LaTeX or CSV, or its figures in full as JSON."""
     if is_study(folder.storage):
         report = report_of(Study(folder.storage))
-        grids = [grid for grid, _ in report.sections]
         content: Any = {"title": report.title, "trials": report.results, "verdicts": report.verdicts}
-    elif folder.summary is None:
-        raise UserError(f"run {folder.name!r} is not finished, so there are no tables yet: see effray show")
     else:
+        report = _run_report(folder)
         content = folder.summary
-        grids = [cost_grid(folder.name, content["phases"]), *tables(content)]
     if form == "json":
         return to_json(content, indent=2, inf_nan_mode="null", fallback=str).decode()
-    return "\n\n".join(getattr(grid, form)() for grid in grids)
+    return "\n\n".join(getattr(grid, form)() for grid in report.grids)
 
 
 def load_study(name: str, root: str = ROOT) -> pa.Table:
@@ -187,30 +182,28 @@ def load_study(name: str, root: str = ROOT) -> pa.Table:
 
 def run_page(folder: RunFolder) -> str:
     """Return the page of a finished run; raise ``UserError`` if it is not finished."""
+    report = _run_report(folder)
+    trial_of = ""
+    with suppress(UserError):  # the record of its study may be damaged
+        if study := study_around(folder.storage):
+            trial_of = f"<p>{link(f'trial of {study.name}', f'../../{FOLDER}/{study.name}/{PAGE}')}</p>"
+    return _page(report, folder.storage, folder.config, above=trial_of)
+
+
+def _run_report(folder: RunFolder) -> Report:
     summary = folder.summary
     if summary is None:
         raise UserError(f"run {folder.name!r} is not finished, so there is nothing to report yet: see effray show")
     noted = folder.storage.read_json(ENVIRONMENT, Environment) or {}
     versions = [f"{name} {version}" for name, version in noted.get("packages", {}).items()]
     facts = [noted.get("started"), noted.get("processor"), *versions]
-    study = None
-    with suppress(UserError):  # the record of its study may be damaged
-        study = study_around(folder.storage)
     finding, *lines = findings(summary)
-    files = sorted(folder.storage.list(PLOTS), key=lambda file: (not file.startswith("curves"), file))
-    first, *others = _pictures(folder.storage, [(file, "") for file in files]) or [""]
-    parts = [
-        f"<p>{link(f'trial of {study.name}', f'../../{FOLDER}/{study.name}/{PAGE}')}</p>" if study else "",
-        paragraph(finding, "finding"),
-        first,
-        *(grid.html() for grid in tables(summary)),
-        *(paragraph(line) for line in lines),
-        cost_grid("Costs", summary["phases"]).html(),
-        *others,
-        _settings_grid(folder.config, "Settings").html(),
-        paragraph("; ".join(fact for fact in facts if fact), "note"),
-    ]
-    return document(f"{folder.storage.parent.name} {folder.name}", parts)
+    plots = [file.removesuffix(".png") for file in folder.storage.list(PLOTS)]
+    plots.sort(key=lambda name: (not name.startswith("curves"), name))
+    costs = cost_grid(f"costs of {folder.name}", summary["phases"])
+    sections: list[Section] = [(None, plots[:1]), *((grid, ()) for grid in tables(summary)), (costs, plots[1:])]
+    title = f"{folder.storage.parent.name} {folder.name}"
+    return Report(title, finding, sections, lines, ["; ".join(fact for fact in facts if fact)])
 
 
 # Sweeps
@@ -221,8 +214,8 @@ def _sweep_report(study: Study, final: bool) -> Report:
     runs = study.runs()
     results = study.results(runs)
     in_order = ranked(results, metric, mode)
-    best = next((row for row in in_order if row["state"] == DONE and row.get(metric) is not None), None)
-    done = [row for row in results if row["state"] == DONE and row.get(metric) is not None]
+    done = [row for row in in_order if row["state"] == DONE and row.get(metric) is not None]
+    best = done[0] if done else None
     points = {row["trial"]: (row["backward"], row[metric]) for row in done if row.get("backward") is not None}
     on_front = front(points, mode)
     names = list(dict.fromkeys(name for trial in study.trials for name in trial.settings or ()))
@@ -392,27 +385,36 @@ def _signed(value: float, metric: str) -> str:
     return f"{100 * value:+.2f}" if plots.is_share(metric) else f"{value:+.3g}"
 
 
-# Parts
+# The page
 
 
-def _settings_grid(config: Mapping[str, Any], title: str) -> Grid:
-    return Grid(title, ["setting", "value"], [[name, _setting(value)] for name, value in dotted(config).items()])
+def _page(
+    report: Report,
+    storage: Storage,
+    config: Mapping[str, Any],
+    links: Mapping[str, str] = MappingProxyType({}),
+    above: str = "",
+) -> str:
+    """Return a report as HTML with its settings; ``links`` are of first cells, and ``above`` is HTML.
 
-
-def _pictures(storage: Storage, files: Sequence[tuple[str, str]]) -> list[str]:
-    """Return plots, and what they are of, as parts of a page: embedded while it stays below 2 MB, then linked."""
+    Plots are embedded while they stay below ``MOST`` bytes in all, then linked.
+    """
     left = MOST
-    parts = []
-    for file, of in files:
-        name = f"{PLOTS}/{file}"
-        path = storage.local / name if storage.local else None
-        if path and (path.parent.is_symlink() or path.is_symlink() or (path.exists() and not path.is_file())):
-            parts.append(paragraph(f"{name} is not a regular file of this folder, so it is not embedded."))
-        elif (png := storage.read(name)) is None:
-            parts.append("")
-        elif (left := left - len(png)) < 0:
-            parts.append(f"<p>{link(name, name)}</p>")
-        else:
-            title = file.removesuffix(".png")
-            parts.append(picture(png, f"{title}, {of}" if of else title))
-    return parts
+    parts = [above, paragraph(report.finding, "finding")]
+    for grid, names in report.sections:
+        pictures = []
+        for name in names:
+            file = f"{PLOTS}/{name}.png"
+            path = storage.local / file if storage.local else None
+            if path and (path.parent.is_symlink() or path.is_symlink() or (path.exists() and not path.is_file())):
+                pictures.append(paragraph(f"{file} is not a regular file of this folder, so it is not embedded."))
+            elif png := storage.read(file):
+                left -= len(png)
+                title = ", ".join(filter(None, [name, grid and grid.title]))
+                pictures.append(picture(png, title) if left >= 0 else f"<p>{link(file, file)}</p>")
+        parts += [grid.html("".join(pictures[:1]), links), *pictures[1:]] if grid else pictures
+    parts += [paragraph(line) for line in report.lines]
+    parts += [paragraph(note, "note") for note in report.notes]
+    settings = [[name, _setting(value)] for name, value in dotted(config).items()]
+    parts.append(Grid("Settings", ["setting", "value"], settings).html())
+    return document(report.title, parts)

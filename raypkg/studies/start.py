@@ -1,4 +1,7 @@
-"""The start of a study, by a space or a table, and its resumption: everything is checked before a trial runs."""
+"""The start of a study, by a space or a table, and its resumption: everything is checked before a trial runs.
+
+A tune space is a file of Python code whose domains the trials of a sweep are drawn from.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,30 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from raypkg.cluster.session import prepare
 from raypkg.core.address import folder_and_name
-from raypkg.core.config import Settings, check_switches, dotted, leaves, load_settings, read_toml, with_current_names
+from raypkg.core.config import (
+    Settings,
+    check_switches,
+    dotted,
+    first_problem,
+    leaves,
+    load_settings,
+    read_toml,
+    with_current_names,
+)
 from raypkg.core.errors import UserError, redacted, shown, unknown
 from raypkg.core.registry import Entry, imported
+from raypkg.core.seeds import derive
 from raypkg.core.settings import APART, Dataset, Experiment, RunSettings, Training
 from raypkg.experiments import experiment, training_settings_of
 from raypkg.experiments.phases import BOUND, operations, stages_of
@@ -27,10 +44,11 @@ from raypkg.runs.storage import Storage
 
 from .driver import EVALUATE, Driver, varied
 from .outcomes import HELD_OUT
-from .spaces import check_space, open_space, read_space, space_of, trials_of
 from .study import FOLDER, MOST, RECORD, SPACE, TO_THE_END, Order, Study, Trial, Values, create_study, find_study
-from .tables import METRICS, REST, Table, stored_table, with_data
+from .tables import METRICS, REST, Table, read_code, run_code, shipped_files, stored_table, with_data
 
+SPACES = "tune_spaces"
+DRAWS = 1000  # attempts to draw settings that no other trial has
 SAMPLES = 8  # trials
 NAMES = {
     "mode": ("max", "min"),
@@ -53,18 +71,14 @@ def start_sweep(
     check_root(root)
     schema = training_settings_of(entry)
     settings = resolve(schema, base_of(schema, config), values, shared=True)
-    space = open_space(asked["space"]) if "space" in asked else space_of(entry.name)
+    space = open_space(asked.get("space", entry.name if entry.name in shipped_files(SPACES) else "train"))
     fixed = {name.removesuffix(".name") for name in values}  # model and model.name are the same
     domains = {name: domain for name, domain in space.domains.items() if name.removesuffix(".name") not in fixed}
-    if space.domains and not domains:
-        raise UserError(f"nothing is left to vary: {', '.join(space.domains)} are given")
     space = space.model_copy(update={"domains": domains})
     check_switches({**dict.fromkeys(domains), **values})  # a disabled part stays disabled in every trial
 
     chosen = {"metric": space.metric, "scheduler": "asha", "search": "random", "samples": SAMPLES, **asked}
     metric, scheduler = chosen["metric"], chosen["scheduler"]
-    if scheduler == "none":
-        raise UserError(f"scheduler none is now called {TO_THE_END}")
     if metric in METRICS:
         chosen.setdefault("mode", space.mode if metric == space.metric else METRICS[metric].mode)
     for option, allowed in {"metric": METRICS, **NAMES}.items():
@@ -197,16 +211,9 @@ def resume_study(name: str, command: str, asked: Asked, values: Mapping[str, Any
         table = stored_table(study.order.table)
     else:
         file = f"{study.storage.root}/{SPACE}"
-        if study.order.scheduler == "none":
-            raise UserError(f"{study.storage.root}/{RECORD}: scheduler none is now called {TO_THE_END}")
         check_file_of_code(study.storage, SPACE)
-        content = study.storage.read(SPACE)
-        if not (content and content.strip()):
-            raise UserError(f"{file} is missing or empty: what was asked for is lost")
-        try:
-            current = with_current_names(schema, read_space(content.decode(), file).domains)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is corrupt: {error}") from None
+        text = (study.storage.read(SPACE) or b"").decode(errors="replace")
+        current = with_current_names(schema, read_space(text, file).domains)
         domains = {name: domain for name, domain in current.items() if name in study.order.varied}
     check_data(study, settings)
     with study.storage.locked(f"study {name!r}"):
@@ -246,6 +253,87 @@ def plan(table: Table, config: Path | None, values: Mapping[str, Any], rate: flo
     if rate:
         hours = f", {total / rate / 3600:,.1f} hours at {rate:g} a second"
     yield f"{trials} trials, {total:,} samples backward{hours}"
+
+
+# Spaces
+
+
+class Space(BaseModel):
+    """Domains to draw settings from, and the metric to optimise."""
+
+    text: str  # content of the file
+    domains: dict[str, Any]  # Ray Tune's domains, or plain values, by dotted names of settings
+    metric: str
+    mode: str  # max or min
+
+
+def open_space(name: str) -> Space:
+    """Read a space by its name in ``tune_spaces`` or its path; a file of the working folder wins."""
+    return read_space(*read_code("space", name, SPACES))
+
+
+def read_space(text: str, origin: str) -> Space:
+    """Run a space's file; refuse one that raises, that lacks a name, or from which nothing can be drawn."""
+    prepare()  # before a space, or the next line, imports Ray Tune
+    from raypkg.cluster.trials import candidates, draw_settings
+
+    needed = {name: name for name in ("space", "METRIC", "MODE")}
+    content, metric, mode = run_code("space", text, origin, needed)
+    try:
+        space = Space(text=text, domains=content, metric=metric, mode=mode)
+    except ValidationError as error:
+        raise UserError(f"space {origin!r}: {first_problem(error)}") from None
+    for name, domain in space.domains.items():
+        try:
+            json.dumps([draw_settings({name: domain}, np.random.default_rng(0)), candidates(domain)])
+        except (Exception, SystemExit) as error:  # a domain may hold the user's code
+            raise UserError(f"space {origin!r}: nothing can be drawn for {name}: {error}") from None
+    return space
+
+
+def check_space(space: Space, check: Callable[[Values], None]) -> None:
+    """Refuse a space with an unknown setting, with a value that its setting does not allow, or of one point.
+
+    Each choice and both ends of each range are checked, with the first values of the other settings.
+    """
+    from raypkg.cluster.trials import candidates, constants
+
+    choices = {name: candidates(domain) for name, domain in space.domains.items()}
+    first = {name: values[0] for name, values in choices.items() if values}
+    for name, values in choices.items():
+        if name == "preset":  # its values would be those of the shared settings
+            raise UserError("space: preset cannot be varied: vary the settings that it stands for, or compare presets")
+        if name.partition(".")[0] in APART:
+            raise UserError(f"space: {name} does not alter the result and cannot be varied; give it as an option")
+        if len(values) > MOST:
+            raise UserError(f"space: {name} has {len(values):,} values, of which {MOST:,} can be tried")
+        for value in values:
+            try:
+                check({**first, name: value})
+            except UserError as error:
+                raise UserError(f"space: {error}") from None
+    if len(constants(space.domains)) == len(space.domains):
+        raise UserError("space: nothing is left to vary: every setting in it is given or constant")
+
+
+def trials_of(order: Order, space: Space, settings: Experiment) -> list[Values]:
+    """Draw distinct settings of the trials that are known beforehand; a small space may have fewer."""
+    from raypkg.cluster.trials import draw_settings, grid, optuna
+
+    if order.search == "grid":
+        return list(grid(space.domains))
+    if order.search == "optuna":  # it proposes a trial when one starts; the call shows whether it can
+        optuna(space.domains, order.metric, order.mode, settings.seed, [])
+        return []
+    trials: list[Values] = []
+    for number in range(order.samples):
+        rng = np.random.default_rng(derive(settings.seed, "sweep", number))
+        draws = (draw_settings(space.domains, rng) for _ in range(DRAWS))
+        new = next((values for values in draws if values not in trials), None)
+        if new is None:
+            break
+        trials.append(new)
+    return trials
 
 
 # Checks

@@ -52,7 +52,6 @@ METRICS = {
 MAXIMA = ("memory", "device_memory")  # figures of a bill that are not added up
 COSTS = ("forward", "backward", "seconds", "total_seconds", "waited", *MAXIMA, "work")  # of a bill
 COMPUTED = ("spearman", "overlap", "noise_auc", "critical_path")  # columns that `outcomes.column_figure` computes
-LONGEST_TITLE = 200
 LISTED, NEAREST = 8, 4  # labels that an error lists: all of so few, otherwise the nearest
 SIMILAR = 0.8  # a column's name is taken for a mistyped one from this similarity on
 
@@ -66,14 +65,6 @@ def _one_of(kind: str, allowed: Container[str], listed: Iterable[str]) -> AfterV
     return AfterValidator(check)
 
 
-def _as_stored(values: Any) -> Any:
-    """Return settings as JSON stores them: the record of a trial is equal to them."""
-    try:
-        return json.loads(json.dumps(values))
-    except (TypeError, RecursionError) as error:
-        raise ValueError(str(error)) from None
-
-
 def current_function(after: str) -> str:
     """Return the current name of a function; stored comparisons may have an earlier one."""
     return re.sub(r"^raypkg\.(sweeps|studies)\.deletions:", "raypkg.methods.deltagrad.experiment:", after)
@@ -81,7 +72,8 @@ def current_function(after: str) -> str:
 
 MetricName = Annotated[str, _one_of("metric", METRICS, METRICS)]
 ExperimentName = Annotated[str, _one_of("experiment", experiment, experiment.names)]
-Stored = Annotated[dict[str, Any], BeforeValidator(_as_stored)]  # settings by dotted names
+# Settings by dotted names, as JSON stores them: the record of a trial is equal to them
+Stored = Annotated[dict[str, Any], BeforeValidator(lambda values: json.loads(json.dumps(values)))]
 FunctionName = Annotated[str, AfterValidator(current_function)]
 Seed = Annotated[int, Field(strict=True, ge=0)]
 
@@ -154,7 +146,7 @@ class Table(Settings):
     compared with the baseline of the same case and seed. A table that contradicts itself is refused.
     """
 
-    title: str  # one line
+    title: str
     experiment: ExperimentName  # runs the trials
     baseline: str  # label of the row that the others are compared with
     rows: dict[str, Stored] = Field(min_length=1)  # settings by label
@@ -193,8 +185,6 @@ class Table(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         """Refuse what contradicts itself; settings are checked with those of the user."""
-        if not self.title.isprintable() or len(self.title) > LONGEST_TITLE:
-            raise UserError(f"title = {shown(self.title)}: a line of at most {LONGEST_TITLE} printable characters")
         for label in (*self.rows, *self.cases):
             if not (label.strip() and label.isprintable()) or "," in label:
                 raise UserError(f"{shown(label)} is no label: a text without commas is needed")
@@ -206,10 +196,6 @@ class Table(Settings):
         for values in (self.shared, *self.rows.values(), *self.cases.values()):
             if "seed" in values:
                 raise UserError(f"seed = {shown(values['seed'])} in a row or case would do nothing: see seeds")
-        for name in ("seeds", "rates"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise UserError(f"{name} = {shown([*values])}: distinct values are needed")
         if short := next((metric for metric in self.goals if not METRICS[metric].each_epoch), None):
             raise UserError(f"goals: {short} is known only at the end of a run, so no goal can be reached before")
         for name in (*self.columns.values(), *filter(None, [self.gain])):
@@ -230,10 +216,7 @@ class Table(Settings):
 
     def changed(self, **changes: Any) -> Table:
         """Return the table with other values of some fields."""
-        try:
-            return validate(Table, dict(self) | changes)
-        except UserError as error:
-            raise UserError(f"table: {error}") from None
+        return validate(Table, dict(self) | changes)
 
 
 def stored_table(record: Mapping[str, Any]) -> Table:

@@ -22,6 +22,10 @@ class Case(NamedTuple):
     leaves: tuple[str, ...]  # patterns of what may be new in the working folder afterwards
     environment: Mapping[str, str]
 
+    def is_said(self, line: str) -> bool:
+        """Return True if a line says all facts in their order."""
+        return re.search(".*".join(re.escape(part.strip()) for part in self.says.split(GAP)), line) is not None
+
 
 class Cases(list[Case]):
     """The ways in which one thing is wrong."""
@@ -38,17 +42,11 @@ def cases(
     variable: str = "",
     environment: Mapping[str, str] | None = None,
 ) -> Cases:
-    """Return the cases in which one thing is wrong in many ways.
+    """Return the cases in which one thing, ``on``, is wrong in many ways.
 
-    Args:
-        on: what is attacked.
-        command: as typed, without ``effray``; ``{}`` stands for the wrong text.
-        wrong: each wrong text, with what the line must say; or words for it, with a pair of the thing and that.
-        into: a file that the wrong text is written to.
-        make: makes the wrong thing in the working folder.
-        leaves: patterns of what may be new in the working folder afterwards.
-        variable: of the environment, that is set to the wrong text.
-        environment: further variables.
+    ``wrong`` has each wrong text with what the line must say, or words for it with a pair of the thing and that. The
+    text stands in the command for ``{}``, in the file ``into`` or in a ``variable`` of the environment, or ``make``
+    makes the wrong thing in the working folder.
     """
     found = Cases()
     for key, answer in wrong.items():
@@ -60,26 +58,12 @@ def cases(
             words += ["--cluster.workers", "0"]
         shown = re.sub(r"\s+", " ", str(key)).encode("unicode_escape").decode()
         variables = {**(environment or {}), **({variable: thing} if variable else {})}
-        prepare = _preparation(thing, into, make)
+
+        def prepare(folder: Path, thing: Any = thing) -> None:
+            if into:
+                (folder / into).write_bytes(thing if isinstance(thing, bytes) else thing.encode())
+            if make:
+                make(folder, thing)
+
         found.append(Case(f"{on}: {shown[:60]}", (*words,), says, prepare, leaves, variables))
     return found
-
-
-def _preparation(thing: Any, into: str, make: Make | None) -> Callable[[Path], None]:
-    def prepare(folder: Path) -> None:
-        if into:
-            (folder / into).write_bytes(thing if isinstance(thing, bytes) else thing.encode())
-        if make:
-            make(folder, thing)
-
-    return prepare
-
-
-def is_said(says: str, line: str) -> bool:
-    """Return True if a line says all parts of a text with gaps, in their order.
-
-    >>> is_said("unknown … did you mean", "unknown model 'a', did you mean 'b'?")
-    True
-    """
-    parts = [re.escape(part.strip()) for part in says.split(GAP)]
-    return re.search(".*".join(parts), line) is not None

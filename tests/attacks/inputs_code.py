@@ -14,9 +14,7 @@ def exits(shape, num_classes): sys.exit(3)
 def load(root, *, split): raise SystemExit("no data today")
 def rows(root, *, split): return Split.from_tensors(torch.arange(80.0).reshape(40, 2), torch.arange(40) % 2)
 def convolution(shape, num_classes): return nn.Conv2d(1, 1, 1)
-def headless(shape, num_classes): return nn.Sequential(nn.Conv2d(1, num_classes, 8), nn.Flatten())
 def rule(view, budget): sys.exit(1)
-def no_default(shape, num_classes, *, width: int): return None
 def shares(shape, num_classes, *, width: int = 3): return flat(shape, num_classes)
 class Later(nn.Sequential):
     calls = 0
@@ -44,7 +42,7 @@ MODELS = cases(
         "my:nope": "module 'my' has no 'nope'",
         "my:": "unknown model or module 'my:'",
         "my:exits": "my.py, line 8, in exits: SystemExit: 3",
-        "my:later": "my.py, line 20, in forward: SystemExit: None",
+        "my:later": "my.py, line 18, in forward: SystemExit: None",
         "my:frozen": "has no parameter to train: it has none at all, or all of them are frozen",
         "my flat": "unknown model 'my flat'",
         "antigravitation:fly": "unknown model or module",
@@ -60,15 +58,12 @@ OTHER_CODE = cases(
     {
         "train --model my:shares --set model.options.with=3": "unknown my:shares option 'with', did you mean 'width'",
         "train --dataset my:load": "my.py, line 9, in load: SystemExit: no data today",
-        "train --model linear --hooks my:Leaves": "my.py, line 23, in on_step: SystemExit",
-        "train --model linear --select.rule my:rule --select.fraction 0.5": "my.py, line 13, in rule: SystemExit: 1",
+        "train --model linear --hooks my:Leaves": "my.py, line 21, in on_step: SystemExit",
+        "train --model linear --select.rule my:rule --select.fraction 0.5": "my.py, line 12, in rule: SystemExit: 1",
         "train --model my:convolution": "'my:convolution' maps inputs",
         "train --dataset my:rows": "input shape (2,): this model takes images … use 'mlp' or 'linear'",
-        "train --dataset my:rows --model linear --dataset.augment crop": "are no images: leave out crop",
-        "embed --cluster.workers 0 --model my:headless": "has no nn.Linear to serve as the head",
     },
     make=write_modules,
-    leaves=("runs/embed",),  # empty, for the next run
 )
 
 LOADERS = {
@@ -92,16 +87,6 @@ DATASETS = cases(
         "import torch\nfrom raypkg import Split\n\ndef load(root, *, split):\n"
         f"    x = torch.arange(80.0).reshape(40, 2)\n    y = torch.arange(40) % 2\n    {body}\n"
     ),
-)
-
-SIGNATURES = cases(
-    "the signature of a user's data set",
-    "data mine:load",
-    {
-        "def load(root, *, split, size): ...": "option 'size' needs a type and a default",
-        "import raypkg.no_such": "module needs 'raypkg.no_such'",
-    },
-    into="mine.py",
 )
 
 HOOK = """

@@ -13,14 +13,16 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 
 from forked import Ended, Process, effray, start
-from processes import Watch, kill
+from processes import Watch
 from run_files import check_whole, files
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
@@ -90,7 +92,7 @@ class Undisturbed(NamedTuple):
     """A run without a kill."""
 
     files: dict[str, object]
-    lives: dict[str, tuple[float, float]]  # by title of a process: when it was first seen, how long it lived, seconds
+    lives: dict[str, float]  # how long a process lived, seconds, by its title
 
 
 class Command:
@@ -119,32 +121,24 @@ def command(line: str, workers: int, folder: Path) -> Command | Process:
     return Command(whole, folder) if workers else start(whole, folder)
 
 
-def begun(kind: str, home: Path) -> str:
-    """Return a command as it is first given."""
+def begun(kind: str, home: Path, folder: Path | None = None) -> str:
+    """Return a command as it is first given, or the one that resumes its run in ``folder``, if it has settings."""
     line = LINES[kind].format(texts=home / "texts.csv")
-    return line if kind == "stream" else f"{line} --name one"
-
-
-def resumed(kind: str, home: Path, folder: Path) -> str:
-    """Return the command that resumes: it has no settings but the run's name."""
     if kind == "stream":
-        return LINES[kind]
-    where = folder / "runs" / experiment(kind) / "one"
-    if not (where / "config.toml").exists():  # killed before it had settings: as the line says, it is deleted
+        return line
+    where = folder / "runs" / line.split()[0] / "one" if folder else None
+    if where and (where / "config.toml").exists():
+        return f"{line.partition(' --')[0]} --resume one"
+    if where:  # as the line says, it is deleted
         shutil.rmtree(where, ignore_errors=True)
-        return begun(kind, home)
-    return f"{LINES[kind].partition(' --')[0]} --resume one"
-
-
-def experiment(kind: str) -> str:
-    return LINES[kind].split()[0]
+    return f"{line} --name one"
 
 
 def left(kind: str, folder: Path) -> dict[str, object]:
     """Return the files that a run and, of a sweep, its trials have left."""
     kinds = {"stream": ["deltagrad/base"], "tune": ["tune/one", "train/one-001", "train/one-002"]}
     content: dict[str, object] = {}
-    for name in kinds.get(kind, [f"{experiment(kind)}/one"]):
+    for name in kinds.get(kind, [f"{LINES[kind].split()[0]}/one"]):
         content |= {f"{name}/{file}": value for file, value in files(folder / "runs" / name).items()}
     return {name: value for name, value in content.items() if not name.endswith(TIMED)}
 
@@ -170,22 +164,9 @@ def undisturbed(kind: str, workers: int, home: Path) -> Undisturbed:
     with Watch(process.pid) as watch:
         ended = process.end()
     assert ended.code == 0, ended
-    lives = {title: (times[0], times[-1] - times[0]) for title, times in watch.times.items()}
-    lives["driver"] = (0.0, time.monotonic() - begin)
+    lives = {title: times[-1] - times[0] for title, times in watch.times.items()}
+    lives["driver"] = time.monotonic() - begin
     return Undisturbed(left(kind, folder), lives)
-
-
-def strike(process: Command | Process, watch: Watch, victim: str, share: float, life: tuple[float, float]) -> bool:
-    """Kill a victim once it has lived a share of its life; say whether there was one."""
-    pid = process.pid if victim == "driver" else None
-    while pid is None and process.running:
-        pid = watch.find(victim)
-        time.sleep(0.02)
-    time.sleep(share * life[1])
-    if pid is None or not process.running:
-        return False
-    kill(watch.find(victim) or pid)
-    return True
 
 
 @pytest.fixture(scope="module")
@@ -201,52 +182,52 @@ def home(tmp_path_factory):
 def test_whoever_dies_a_resumed_run_ends_as_one_that_nobody_touched(chain, home, tmp_path):
     expected = undisturbed(chain.kind, chain.workers, home)
     folder = tmp_path / "work"
-    line = fresh(chain, home, folder)
+
+    def fresh() -> str:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(prepared(chain.kind, home), folder)
+        return begun(chain.kind, home)
+
+    def check_equal() -> None:
+        check_whole(folder / "runs")
+        here = left(chain.kind, folder)
+        names = here.keys() | expected.files.keys()
+        assert sorted(name for name in names if here.get(name) != expected.files.get(name)) == []
+
+    line = fresh()
     for victim, share in chain.kills:
         ended = struck = None
         while not struck:  # a run that was done before its time is checked, and begun again to be killed earlier
             if ended:
-                line = fresh(chain, home, folder)
-            ended, struck = attempt(line, chain, folder, victim, share, expected)
+                line = fresh()
+            ended, struck = attempt(line, chain, folder, victim, share * expected.lives.get(victim, 0))
             assert struck or ended.code == 0, ended
             if ended.code == 0:
-                check_equal(chain, folder, expected)
+                check_equal()
             share /= 2
-        line = resumed(chain.kind, home, folder)
+        line = begun(chain.kind, home, folder)
     for _ in range(ATTEMPTS):
         if ended.code == 0:
             break
         ended = command(line, chain.workers, folder).end()
-        line = resumed(chain.kind, home, folder)
+        line = begun(chain.kind, home, folder)
     assert ended.code == 0, ended
-    check_equal(chain, folder, expected)
+    check_equal()
 
 
-def fresh(chain: Chain, home: Path, folder: Path) -> str:
-    """Make the folder anew, with nothing but what the run needs, and return the command that begins it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(prepared(chain.kind, home), folder)
-    return begun(chain.kind, home)
-
-
-def check_equal(chain: Chain, folder: Path, expected: Undisturbed) -> None:
-    check_whole(folder / "runs")
-    here = left(chain.kind, folder)
-    names = here.keys() | expected.files.keys()
-    assert sorted(name for name in names if here.get(name) != expected.files.get(name)) == []
-
-
-def test_nobody_outlives_an_attack():
-    assert [title for watch in WATCHES for title in watch.left()] == []
-
-
-def attempt(
-    line: str, chain: Chain, folder: Path, victim: str, share: float, expected: Undisturbed
-) -> tuple[Ended, bool]:
-    """Run a command and kill somebody; return its end, and whether somebody was there to kill."""
+def attempt(line: str, chain: Chain, folder: Path, victim: str, seconds: float) -> tuple[Ended, bool]:
+    """Run a command and kill somebody who has lived for a while; return its end, and whether there was somebody."""
     process = command(line, chain.workers, folder)
     with Watch(process.pid) as watch:
-        struck = strike(process, watch, victim, share, expected.lives.get(victim, (0, 0)))
+        target = psutil.Process(process.pid) if victim == "driver" else None
+        while target is None and process.running:
+            target = watch.find(victim)
+            time.sleep(0.02)
+        time.sleep(seconds)
+        struck = target is not None and process.running
+        if struck:
+            with suppress(psutil.NoSuchProcess):
+                (watch.find(victim) or target).kill()
         ended = process.end()
     WATCHES.append(watch)
     # Ray ends a driver that is just connecting to a raylet that dies, before any phase has said anything.
@@ -256,3 +237,7 @@ def attempt(
     if ended.code > 0 and not is_speechless:  # not the one that was killed: it has something to say
         assert ended.line
     return ended, struck
+
+
+def test_nobody_outlives_an_attack():
+    assert [title for watch in WATCHES for title in watch.left()] == []

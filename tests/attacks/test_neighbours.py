@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import samples
 from disk import Disk, quick, read_only
-from forked import Process, effray, start
+from forked import Ended, Process, effray, start
 from run_files import check_whole, files
 
 SMALL = "--model linear --train.epochs 2 --train.batch_size 512 --cluster.workers 0"
@@ -64,12 +65,20 @@ def test_a_root_that_is_none(folder, root, command):
         assert effray(line, folder, quick).line
 
 
-def test_a_root_that_is_a_link(folder):
+def test_a_root_that_is_a_link_and_a_working_folder_that_was_deleted(folder):
+    def before() -> None:
+        quick()
+        (folder / "gone").mkdir()
+        os.chdir(folder / "gone")
+        (folder / "gone").rmdir()
+
     (folder / "disk").mkdir()
     (folder / "runs").symlink_to(folder / "disk")
     assert effray(f"train {SMALL} --name one", folder, quick).code == 0
     assert (folder / "disk" / "train" / "one" / "summary.json").exists()
     assert effray("select --model-from one --name two --cluster.workers 0", folder, quick).code == 0
+    for line in ("list", f"train {SMALL} --root {folder}/runs"):
+        assert "the working folder has been deleted" in effray(line, folder, before).line
 
 
 @pytest.mark.parametrize("what", ["runs/train/one", "runs"])
@@ -167,17 +176,6 @@ def test_a_run_whose_output_goes_nowhere_is_finished_and_kept(folder, ending, co
     assert (folder / "runs/train/one/summary.json").exists() == (code < 2)
 
 
-def test_a_working_folder_that_was_deleted(folder):
-    def before() -> None:
-        quick()
-        (folder / "gone").mkdir()
-        os.chdir(folder / "gone")
-        (folder / "gone").rmdir()
-
-    for line in ("list", f"train {SMALL} --root {folder}/runs"):
-        assert "the working folder has been deleted" in effray(line, folder, before).line
-
-
 def test_a_working_folder_that_is_deleted_while_a_run_is_going(folder):
     (folder / "work").mkdir()
     run = start(f"train {SLOW} --name one --root {folder}/runs", folder / "work")
@@ -234,12 +232,20 @@ def test_a_clock_that_jumps(folder, jump):
 # Orders to end
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_an_order_to_end_says_how_to_go_on(folder, number):
-    run = start(f"train {SLOW} --name one --root some", folder)
-    when(run, "train 4/40")
+def ordered(number: int, folder: Path, shows: str, root: str, before=lambda: None) -> Ended:
+    """Return the end of a run that is sent a signal when it shows a text."""
+    run = start(f"train {SLOW} --name one --root {root}", folder, before)
+    when(run, shows)
     os.kill(run.pid, number)
-    assert run.end().line == "effray: interrupted; resume with: effray train --resume one --root some\n"
+    return run.end()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_an_order_to_end_says_how_to_go_on_and_leaves_no_folder_before_any_result(folder, number):
+    assert ordered(number, folder, "train one", "some").line == "effray: interrupted\n"
+    assert not [*folder.rglob("one")]
+    line = ordered(number, folder, "train 4/40", "some").line
+    assert line == "effray: interrupted; resume with: effray train --resume one --root some\n"
     check_whole(folder / "some")
     assert effray("train --resume one --root some", folder).code == 0
     assert effray(f"train {SLOW} --name one", folder).code == 0
@@ -247,20 +253,8 @@ def test_an_order_to_end_says_how_to_go_on(folder, number):
     assert [name for name in one if one[name] != two[name]] == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_an_order_to_end_before_any_result_leaves_no_folder(folder, number):
-    run = start(f"train {SLOW} --name one", folder)
-    when(run, "train one")
-    os.kill(run.pid, number)
-    assert run.end().line == "effray: interrupted\n"
-    assert not [*folder.rglob("one")]
-
-
 def test_an_order_that_is_ignored_stays_so(folder):
-    def before() -> None:
+    def ignore() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
 
-    run = start(f"train {SLOW} --name one", folder, before)
-    when(run, "train 4/40")
-    os.kill(run.pid, signal.SIGHUP)
-    assert run.end().code == 0
+    assert ordered(signal.SIGHUP, folder, "train 4/40", "some", ignore).code == 0

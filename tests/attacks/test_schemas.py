@@ -14,7 +14,7 @@ from raypkg.runs.folder import ENVIRONMENT, SUMMARY, RunFolder, write_settings
 from raypkg.runs.storage import Storage
 from raypkg.studies.driver import varied
 from raypkg.studies.show import run_page
-from raypkg.studies.spaces import check_space, read_space
+from raypkg.studies.start import check_space, read_space
 from raypkg.studies.study import RECORD, Order, Study, Trial, create_study
 from raypkg.studies.tables import read_table, stored_table
 

@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 
 import samples
 from forked import effray
+from raypkg.methods.crest.settings import CrestSettings
+from raypkg.studies.study import Order, Trial, create_study
 
 QUICK = "--train.epochs 1 --cluster.workers 0"
 RUNS = (
@@ -28,33 +30,24 @@ def space():
 """
 
 
-def make_world(folder: Path) -> None:
-    """Make the runs, by the commands that make them, and the data."""
+def make_world(folder: Path) -> Path:
+    """Make the runs, by the commands that make them, and the data; return the folder."""
     _make_data(folder)
     for command in RUNS:
         ended = effray(command, folder)
         assert (ended.code, ended.err) == (0, ""), ended
     for plots in folder.glob("runs/*/*/plots"):
         shutil.rmtree(plots)
-    _make_unfinished_runs(folder / "runs")
-    _make_sweep(folder)
-
-
-def _make_unfinished_runs(runs: Path) -> None:
-    """Make one run that was stopped in its first epoch, and one between its last phase and its end."""
-    shutil.copytree(runs / "train" / "t", runs / "train" / "stopped")
-    shutil.copytree(runs / "lipt" / "l", runs / "lipt" / "halfway")
-    shutil.rmtree(runs / "train" / "stopped" / "phases")
+    # One run was stopped in its first epoch, and one between its last phase and its end.
+    runs = folder / "runs"
+    shutil.copytree(runs / "train/t", runs / "train/stopped")
+    shutil.copytree(runs / "lipt/l", runs / "lipt/halfway")
+    shutil.rmtree(runs / "train/stopped/phases")
     for name in ("train/stopped/summary.json", "train/stopped/model.safetensors", "lipt/halfway/summary.json"):
         (runs / name).unlink()
-
-
-def _make_sweep(folder: Path) -> None:
-    from raypkg.methods.crest.settings import CrestSettings
-    from raypkg.studies.study import Order, Trial, create_study
-
     order = Order(experiment="crest", metric="accuracy", mode="max", samples=1, search="random", varied=["crest.b"])
-    create_study(str(folder / "runs"), "sweep", order, CrestSettings(), SPACE, [Trial(settings={"crest.b": 1})])
+    create_study(str(runs), "sweep", order, CrestSettings(), SPACE, [Trial(settings={"crest.b": 1})])
+    return folder
 
 
 def _make_data(folder: Path) -> None:

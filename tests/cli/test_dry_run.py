@@ -82,11 +82,16 @@ def test_the_plan_of_lipt_has_its_pretraining(effray, options, row):
     assert together[1] == f"{planned:,}" and float(together[2]) == pytest.approx(100 * planned / (4 * 1295), abs=0.05)
 
 
-def test_on_a_given_coreset_its_size_is_planned(effray):
+def test_other_selections_are_planned_too(effray):
     effray("train --name one --model linear --train.epochs 1 --select.fraction 0.1")
-    for kind in ("train", "sparse"):
+    for kind in ("train", "sparse"):  # on a coreset that is given
         told = plan(effray(f"{kind} {SHORT} --coreset runs/train/one/coreset.parquet --dry-run"))
         assert told["train"].split() == "train 1 4 128 130 8 520".split()
+    told = plan(effray(f"train {SHORT} --select.rule infobatch --select.every_epochs 1 --dry-run"))
+    assert "infobatch, of 1,295 samples as many as it sees fit: what follows is the most" in told["selection"]
+    told = plan(effray("select --model-from one --rule craig --fraction 0.2 --name two --dry-run"))
+    assert told["selection"] == "selection: craig, 259 of 1,295 samples"
+    assert "coreset.parquet" in told["files"].split() and not Path("runs/select").exists()
 
 
 def test_what_is_printed_is_a_file_of_settings_for_the_same_run(effray):
@@ -123,32 +128,13 @@ def test_the_memory_is_that_of_the_optimiser_and_the_precision(effray, optimizer
     assert state == (f"{650 * size * copies / 1000:.1f} kB" if copies else "0 B")
 
 
-def test_a_method_that_sizes_its_coreset_itself_has_a_plan_of_the_most(effray):
-    told = plan(effray(f"train {SHORT} --select.rule infobatch --select.every_epochs 1 --dry-run"))
-    assert "infobatch, of 1,295 samples as many as it sees fit: what follows is the most" in told["selection"]
-
-
-def test_a_selection_by_another_run_is_planned(effray):
-    effray("train --name one --model linear --train.epochs 1")
-    told = plan(effray("select --model-from one --rule craig --fraction 0.2 --name two --dry-run"))
-    assert told["selection"] == "selection: craig, 259 of 1,295 samples"
-    assert "coreset.parquet" in told["files"].split() and not Path("runs/select").exists()
-
-
-MODEL = """
-from torch import nn
-
-class Net(nn.Sequential):
-    def forward(self, x):
-        return super().forward(x) if x.sum() < 1e9 else None
-
-def net(shape, num_classes):
-    return Net(nn.Flatten(), nn.Linear(64, num_classes))
-"""
-
-
 def test_a_model_that_looks_at_values_has_a_plan_without_its_activations(effray, tmp_path, monkeypatch):
-    (tmp_path / "peeking.py").write_text(MODEL)
+    (tmp_path / "peeking.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def forward(self, x): return super().forward(x) if x.sum() < 1e9 else None\n"
+        "def net(shape, num_classes): return Net(nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
     monkeypatch.setattr(sys, "path", [*sys.path])
     told = plan(effray("train --model peeking:net --dry-run"))
     assert told["model"] == "model: peeking:net, 650 parameters" and "activations" not in told["memory"]

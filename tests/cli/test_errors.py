@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from raypkg.experiments.train import TrainSettings
-from raypkg.runs.folder import RunFolder
 from raypkg.studies.study import Order, create_study
 
 
@@ -98,14 +97,6 @@ def test_a_loss_that_is_not_finite(refusal, phase):
         assert f"the checkpoint of epoch {int(found[1]) - 1} stays" in message
 
 
-def test_interrupted_before_any_result(refusal, monkeypatch):
-    def phase(folder, name):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(RunFolder, "phase", phase)
-    assert refusal("train --name one --model linear") == "effray: interrupted\n"
-
-
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -119,21 +110,8 @@ def test_interrupted_before_any_result(refusal, monkeypatch):
 def test_coreset_files(refusal, tmp_path, columns, message):
     pq.write_table(pa.table(columns), tmp_path / "mine.parquet")
     assert message in refusal("train --coreset mine.parquet --model linear")
-
-
-@pytest.mark.parametrize("option", ["--coreset .", "--dataset.only=", "--dataset.only ."])
-def test_a_folder_is_no_coreset(refusal, tmp_path, option):
-    (tmp_path / "note").touch()
-    assert "is no coreset file" in refusal(f"train --model linear {option}")
-
-
-def test_a_model_of_other_samples_does_not_select(refusal, after):
-    after("train --name one --model linear --train.epochs 1")
-    for option, message in [
-        ("--seed 1", "seed 0, here it is 1"),
-        ("--dataset.validation 0", "validation 0.1, here it"),
-    ]:
-        assert message in refusal(f"select --model-from one --rule grand {option}")
+    for option in ("--coreset .", "--dataset.only="):
+        assert "is no coreset file" in refusal(f"train --model linear {option}")
 
 
 def write_table(shift=0.0):
@@ -159,20 +137,21 @@ def test_a_coreset_and_a_model_of_other_samples_are_refused(call, refusal, tmp_p
         assert "run one trained on other samples of table:" in refusal(line)
 
 
-def test_runs_without_a_coreset_or_an_end_are_not_compared(refusal, effray):
+def test_runs_without_a_coreset_or_an_end_and_sweeps_are_not_compared(refusal, effray, tmp_path):
     effray("train --name one --model linear --train.epochs 1 --select.fraction 0.5")
     effray("train --name two --model linear --train.epochs 1")
+    for option, message in {
+        "--seed 1": "seed 0, here it is 1",
+        "--dataset.validation 0": "validation 0.1, here",
+    }.items():
+        assert message in refusal(f"select --model-from one --rule grand {option}")  # of other samples
     assert "two saved no coreset: there is no coreset.parquet to compare" in refusal("show one --against two")
     Path("runs/train/two/summary.json").unlink()
     assert "two is not finished: there is no coreset.parquet to compare" in refusal("show one --against two")
     assert "run 'two' is not finished: it has no model yet" in refusal("select --model-from two --rule grand")
-
-
-def test_a_run_to_compare_with_that_is_no_run_is_refused(refusal, effray, tmp_path):
-    effray("train --name one --model linear --train.epochs 1")
     order = Order(experiment="train", metric="accuracy", mode="max", samples=0)
     create_study(str(tmp_path / "runs"), "several", order, TrainSettings(), "", [])
-    assert "several is a sweep, and only runs are compared" in refusal("show one --against several")
-    assert "several is a sweep, and only runs are compared" in refusal("show several --against one")
+    for line in ("show one --against several", "show several --against one"):
+        assert "several is a sweep, and only runs are compared" in refusal(line)
     assert "unknown run in runs ''. Allowed: one" in refusal("show one --against=")
     assert "several is a sweep, not a run: give one of its trials" in refusal("export several")

@@ -102,20 +102,36 @@ def test_a_trial_that_takes_over_equals_one_that_computes(effray, compare, monke
     assert trials_of("m", *range(4)) == trials_of("n", *range(4))
 
 
-def test_each_phase_is_computed_once_for_each_of_its_settings(effray, compare, computed):
-    effray(f"{compare} --name m --rows el2n,craig --cases short,noisy --seeds 0")
-    phases = [phase for _, phase in computed]
-    assert phases.count("pretrain") == 2  # once per case
-    assert phases.count("select") == phases.count("train") == 2 * 2
-    donors = [taken(f"m-{number:03}").get("pretrain") for number in range(4)]
-    assert donors == [None, "m-000", None, "m-002"]
+EL2N, ANEW = ({"pretrain": "m-000", "select": donor} for donor in ("m-000", "m-001"))
+JOINT = "--pretrain.method lipt --pretrain.models 2 --pretrain.joint_epochs 1 --pretrain.batch_size 64"
+TAKERS = {  # options → what the trials took over, in order
+    # each phase once for each of its settings
+    "--rows el2n,craig --cases short,noisy": [{}, {"pretrain": "m-000"}, {}, {"pretrain": "m-002"}],
+    # A coreset that training replaced gives nothing: anew comes after craig.
+    "--rows 'craig; anew,craig' --cases short,long": [{}, {"pretrain": "m-000"}, ANEW, EL2N, ANEW, ANEW],
+    f"--cases short --rows craig {JOINT}": [{}, {"pretrain": "m-000", "joint": "m-000"}],
+    # a function of the user's, of which nobody said what it depends on
+    "--cases short --rows el2n,craig --pretrain.method mine_too:pretrain": [{}, {}],
+}
 
 
-def test_a_coreset_that_training_replaced_is_not_taken_over(effray, compare):
-    effray(f"{compare} --name m --rows 'craig; anew,craig' --cases short,long --seeds 0")
-    given = [taken(f"m-{number:03}") for number in range(6)]
-    assert given[2] == {"pretrain": "m-000", "select": "m-001"}  # anew, after craig
-    assert given[4] == given[5] == {"pretrain": "m-000", "select": "m-001"}
+@pytest.mark.parametrize("options", TAKERS)
+def test_each_phase_is_computed_once_for_each_of_its_settings(
+    effray, compare, computed, tmp_path, monkeypatch, options
+):
+    (tmp_path / "mine_too.py").write_text(
+        "from raypkg.methods.lipt.pretrain import pretrain_dense\n\n"
+        "def pretrain(settings, report, *, samples, workers):\n"
+        "    pretrain_dense(settings, report, samples=samples, workers=workers)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    effray(f"{compare} --name m {options} --seeds 0")
+    expected = TAKERS[options]
+    found = [taken(f"m-{number:03}") for number in range(len(expected))]
+    assert found == expected
+    phases = {"pretrain", "select", "train", *["joint"] * ("joint" in options)}
+    for number, given in enumerate(expected):
+        assert {phase for run, phase in computed if run == f"m-{number:03}"} == phases - given.keys()
 
 
 def test_the_run_that_gave_may_be_deleted(effray, compare):
@@ -161,24 +177,6 @@ def test_a_killed_take_over_is_resumed(call, effray, after, compare, monkeypatch
     effray(f"{compare} --name m {asked}")
     assert trials_of("m", 1) == trials_of("straight", 1)
     assert taken("m-001") or not donor_is_there
-
-
-def test_joint_epochs_are_taken_over_with_what_they_go_on_from(effray, compare, computed):
-    joint = "--pretrain.method lipt --pretrain.models 2 --pretrain.joint_epochs 1 --pretrain.batch_size 64"
-    effray(f"{compare} --name m --cases short --rows craig --seeds 0 {joint}")
-    assert taken("m-001") == {"pretrain": "m-000", "joint": "m-000"}
-    assert [phase for run, phase in computed if run == "m-001"] == ["select", "train"]
-
-
-def test_what_nobody_said_what_it_depends_on_is_never_taken_over(effray, compare, tmp_path, monkeypatch):
-    (tmp_path / "mine_too.py").write_text(
-        "from raypkg.methods.lipt.pretrain import pretrain_dense\n\n"
-        "def pretrain(settings, report, *, samples, workers):\n"
-        "    pretrain_dense(settings, report, samples=samples, workers=workers)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    effray(f"{compare} --name m --cases short --rows el2n,craig --seeds 0 --pretrain.method mine_too:pretrain")
-    assert [taken(f"m-{number:03}") for number in range(2)] == [{}] * 2
 
 
 def test_on_ray_a_trial_that_others_take_over_goes_first(effray, compare, monkeypatch):

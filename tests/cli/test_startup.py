@@ -4,6 +4,9 @@ import os
 import subprocess
 import sys
 
+from raypkg.experiments.train import TrainSettings
+from raypkg.runs.folder import create
+
 CODE = """
 import sys
 from raypkg.cli import main
@@ -42,6 +45,7 @@ def in_a_new_process(commands, folder, *, code, unused, then="", **environment):
 
 
 def test_help_imports_neither_torch_nor_ray(tmp_path):
+    create(f"{tmp_path}/runs", "train", "one", TrainSettings())
     commands = ["--help", "lipt --help", "compare --help", "compare selection --help", "--version", "list"]
     assert not in_a_new_process(commands, tmp_path, code=0, unused=HEAVY).stderr
 

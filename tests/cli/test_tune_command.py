@@ -12,7 +12,7 @@ from raypkg.core.errors import UserError
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.methods.sparse.settings import SparseSettings
 from raypkg.studies.driver import longest_of
-from raypkg.studies.spaces import Space, trials_of
+from raypkg.studies.start import Space, trials_of
 from raypkg.studies.study import Order, Study, Trial, create_study
 
 SPACE = """
@@ -51,39 +51,39 @@ def wrong(refusal, tmp_path, monkeypatch):
     return wrong
 
 
+CHOICE = "'crest.b': tune.choice([1, 2])"
+
+
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "arguments", "message"),
     [
-        ("'crset.tau': 0.1", "unknown setting 'crset', did you mean 'crest'?"),
-        ("'crest.h': tune.uniform(0, 1)", "crest.h = 0: input should be greater than 0"),
-        ("'train.optimizer': tune.choice(['sgd', 'adam'])", "train.optimizer 'adam', did you mean 'adamw'?"),
-        ("'cluster.workers': tune.choice([0, 2])", "cluster.workers does not alter the result and cannot be varied"),
-        ("'crest.tau': 0.1", "space: there is nothing to vary, only {'crest.tau': 0.1}"),
-        ("1: tune.choice([1])", "space 'mine.py': domains.1.[key] = 1: input should be a valid string"),
-        ("'dataset.validation': tune.grid_search([0])", "trial 0: metric accuracy is measured on held-out samples"),
+        ("'crset.tau': 0.1", "", "unknown setting 'crset', did you mean 'crest'?"),
+        ("'crest.h': tune.uniform(0, 1)", "", "crest.h = 0: input should be greater than 0"),
+        ("'train.optimizer': tune.choice(['sgd', 'adam'])", "", "train.optimizer 'adam', did you mean 'adamw'?"),
+        (
+            "'cluster.workers': tune.choice([0, 2])",
+            "",
+            "cluster.workers does not alter the result and cannot be",
+        ),
+        ("'crest.tau': 0.1", "", "space: nothing is left to vary: every setting in it is given or constant"),
+        (CHOICE, "--set crest.b=3", "space: nothing is left to vary"),
+        ("'model': tune.choice(['mlp', 'linear'])", "--set model.name=mlp", "space: nothing is left to vary"),
+        ("1: tune.choice([1])", "", "space 'mine.py': domains.1.[key] = 1: input should be a valid string"),
+        ("'dataset.validation': tune.grid_search([0])", "", "trial 0: metric accuracy is measured on held-out samples"),
+        (CHOICE, "--search grid --samples 3", "--samples 3: a grid has as many trials"),
+        ("'seed': tune.randint(0, 10**9)", "--search grid", "1,000,000,000 combinations, at most 10,000"),
     ],
 )
-def test_a_space_is_held_against_the_settings(wrong, space, content, message):
+def test_a_space_is_held_against_the_settings_and_the_request(wrong, space, content, arguments, message):
     space(content)
-    assert message in wrong("crest --space mine.py")
+    assert message in wrong(f"crest --space mine.py {arguments}")
 
 
-@pytest.mark.parametrize("given", ["--growth random", "--set growth.name=random"])
-def test_a_given_setting_is_not_varied(wrong, space, given):
-    space("'growth': tune.choice(['random', 'gradient'])")
-    assert "nothing is left to vary: growth are given" in wrong(f"sparse --density 0.1 --space mine.py {given}")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("def space(): return {'crest.tau': 1}", "space 'mine.py' defines no METRIC"),
-        ("import sys; sys.exit(0)", "space 'mine.py', line 1: raises SystemExit: 0"),
-    ],
-)
-def test_an_invalid_space_file_is_refused(wrong, tmp_path, text, message):
-    (tmp_path / "mine.py").write_text(text)
-    assert message in wrong("crest --space mine.py")
+def test_a_space_that_lacks_a_name_is_refused(wrong, space, tmp_path):
+    space(CHOICE, mode="most")
+    assert "unknown mode 'most'" in wrong("crest --space mine.py")
+    (tmp_path / "mine.py").write_text("def space(): return {'crest.tau': 1}")
+    assert "space 'mine.py' defines no METRIC" in wrong("crest --space mine.py")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,6 @@ def test_an_invalid_space_file_is_refused(wrong, tmp_path, text, message):
         ("crest --metric acuracy", "unknown metric 'acuracy', did you mean 'accuracy'?"),
         ("crest --metric test_accuracy", "known only at the end of a trial, so --scheduler asha could not act on it"),
         ("crest --scheduler ahsa", "unknown scheduler 'ahsa', did you mean 'asha'?"),
-        ("crest --scheduler none", "scheduler none is now called fifo"),
         ("crest --search grid", "--search grid: crest.tau is drawn from a continuous range"),
         ("crest --resume none --samples 3", "--resume none keeps what was asked for: --samples cannot change"),
         ("crest --resume none --name other", "--resume none keeps what was asked for: --name cannot change"),
@@ -109,19 +108,6 @@ def test_a_wrong_request_is_refused_in_one_line(wrong, arguments, message):
     assert message in wrong(arguments)
 
 
-@pytest.mark.parametrize(
-    ("content", "aim", "options", "message"),
-    [
-        ("'crest.b': tune.choice([1, 2])", {}, "--search grid --samples 3", "--samples 3: a grid has as many trials"),
-        ("'seed': tune.randint(0, 10**9)", {}, "--search grid", "1,000,000,000 combinations, at most 10,000"),
-        ("'crest.b': tune.choice([1, 2])", {"mode": "most"}, "", "unknown mode 'most'"),
-    ],
-)
-def test_a_space_is_held_against_the_request(wrong, space, content, aim, options, message):
-    space(content, **aim)
-    assert message in wrong(f"crest --space mine.py {options}")
-
-
 def test_draws_follow_from_the_seed_and_grids_have_every_combination():
     space = {"a": tune.choice([1, 2]), "b": tune.randint(0, 3), "c": tune.grid_search(["x"]), "d": 7}
     assert len(list(grid(space))) == 6 and {"a": 2, "b": 1, "c": "x", "d": 7} in list(grid(space))
@@ -131,6 +117,12 @@ def test_draws_follow_from_the_seed_and_grids_have_every_combination():
     assert {type(value) for value in one.values()} == {int, str, float}
     assert candidates(tune.randint(0, 3)) == [0, 2] and candidates(tune.randn(0, 1)) == []
     assert candidates(tune.qrandint(10, 30, 10)) == [10, 30]
+    of_numpy = {"a": tune.grid_search(list(np.arange(2))), "b": np.float64(0.5), "c": tune.choice([np.int64(3)])}
+    drawn = draw_settings(of_numpy, np.random.default_rng(0))
+    assert json.dumps([*grid(of_numpy), drawn, constants(of_numpy), candidates(of_numpy["c"])])
+    few = Space(text="", domains={"crest.b": tune.choice([1, 2, 3]), "train.lr": 0.1}, metric="accuracy", mode="max")
+    order = Order(experiment="crest", metric="accuracy", mode="max", samples=10_000, search="random")
+    assert sorted(trial["crest.b"] for trial in trials_of(order, few, CrestSettings())) == [1, 2, 3]  # none twice
     with pytest.raises(UserError, match="f is drawn from a continuous range, or one with steps"):
         grid({"f": tune.qrandint(10, 30, 10)})
 
@@ -142,19 +134,6 @@ def test_a_sweep_that_runs_is_not_resumed(refusal, tmp_path):
     with sweep.storage.locked("it"):
         assert "study 's' is being worked on by another process" in refusal("tune crest --resume s --concurrent 1")
     assert Study(sweep.storage).order.concurrent is None
-
-
-def test_no_trial_is_drawn_twice():
-    space = Space(text="", domains={"crest.b": tune.choice([1, 2, 3]), "train.lr": 0.1}, metric="accuracy", mode="max")
-    order = Order(experiment="crest", metric="accuracy", mode="max", samples=10_000, search="random")
-    trials = trials_of(order, space, CrestSettings())
-    assert sorted(trial["crest.b"] for trial in trials) == [1, 2, 3]
-
-
-def test_numbers_of_numpy_are_plain():
-    space = {"a": tune.grid_search(list(np.arange(2))), "b": np.float64(0.5), "c": tune.choice([np.int64(3)])}
-    drawn = draw_settings(space, np.random.default_rng(0))
-    assert json.dumps([*grid(space), drawn, constants(space), candidates(space["c"])])
 
 
 def test_the_longest_trial_is_as_long_as_its_settings_make_it(monkeypatch):

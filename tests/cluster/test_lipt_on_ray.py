@@ -1,15 +1,12 @@
 """LiPT on Ray: any number of workers, killed workers, a killed driver, and the same result every time."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from ray_runs import effray, picks, run, same_weights, wait_for
+from ray_runs import driver, effray, picks, run, same_weights, wait_for
 
 TINY = [
     "--preset", "local-sgd", "--model", "mlp", "--train.precision", "float32", "--pretrain.precision", "float32",
@@ -60,12 +57,11 @@ def test_a_killed_worker_changes_nothing(undisturbed, tmp_path, phase, workers):
 
 
 def test_a_killed_driver_resumes_from_the_last_epoch(undisturbed, tmp_path):
-    command = [sys.executable, "-c", "from raypkg.cli import script; script()", "lipt", "--root", str(tmp_path)]
-    options = [*TINY, "--name", "one", "--cluster.workers", "1", "--cluster.address", "local"]
-    with subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+    options = ["--root", tmp_path, *TINY, "--name", "one", "--cluster.workers", "1"]
+    with driver("lipt", *options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         checkpoints = tmp_path / "lipt/one/checkpoints/train"
-        wait_for(lambda: len(list(checkpoints.glob("*.pt"))) > 0, driver)
-        os.kill(driver.pid, signal.SIGKILL)
+        wait_for(lambda: len(list(checkpoints.glob("*.pt"))) > 0, process)
+        process.kill()
     assert not (tmp_path / "lipt/one/summary.json").exists()
     effray("lipt", "--root", tmp_path, "--resume", "one")
     same_result(undisturbed, tmp_path / "lipt/one", tolerance=0)

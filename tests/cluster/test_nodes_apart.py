@@ -87,22 +87,22 @@ class Machine:
     def __init__(self, folder, address=None):
         folder.mkdir()
         self.folder = folder
-        self.environment = {**os.environ, "EFFRAY_CACHE": str(folder / "cache")}
-        if address:
-            self.environment["RAY_ADDRESS"] = address
+        own = {"EFFRAY_CACHE": str(folder / "cache")} | ({"RAY_ADDRESS": address} if address else {})
         self.workers = 2 if address else 0
+        self.options = {"cwd": folder, "env": os.environ | own, "stdout": subprocess.PIPE, "text": True}
 
     def start(self, line, workers=None):
         count = self.workers if workers is None else workers
         words = [sys.executable, "-m", "raypkg", *line.split(), "--cluster.workers", str(count)]
-        return subprocess.Popen(
-            words, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        return subprocess.Popen(words, stderr=subprocess.STDOUT, **self.options)
 
     def run(self, line):
-        process = self.start(line)
-        printed, _ = process.communicate()
-        assert process.returncode == 0, printed
+        finish(self.start(line))
+
+
+def finish(process):
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
 
 
 def kill_when(ready, process):
@@ -147,8 +147,7 @@ def test_a_run_in_a_bucket_survives_its_driver_and_a_node(
     lost = next(node for node in cluster.worker_nodes)
     cluster.remove_node(lost, allow_graceful=False)
     another()
-    printed, _ = process.communicate()
-    assert process.returncode == 0, printed
+    finish(process)
     same(Storage(f"{tmp_path}/runs/{kind}/run"), run)
 
 
@@ -233,8 +232,7 @@ def test_a_sweep_goes_on_without_a_node(nodes, tmp_path):
     checkpoints = outside.folder / "runs/crest"
     wait_for(lambda: len({*checkpoints.glob("s-*/checkpoints/train")}) > 1, process, seconds=500)
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-    printed, _ = process.communicate()
-    assert process.returncode == 0, printed
+    finish(process)
     rows = pq.read_table(outside.folder / "runs/tune/s/results.parquet").to_pylist()
     assert [(row["trial"], row["state"]) for row in rows] == [(number, "done") for number in range(6)]
 

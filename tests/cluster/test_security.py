@@ -37,7 +37,7 @@ def test_it_starts_what_it_needs_and_only_this_machine_reaches_it_by_the_token(l
     while process.poll() is None:
         for one in [*watch.titles]:
             if is_alive(one):
-                seen.setdefault(one, set()).update(listeners(one.pid))
+                seen.setdefault(one, set()).update(listeners(one))
         head = next((places for one, places in seen.items() if watch.titles[one] == "gcs_server"), None)
         if refused is None and head:
             (address,) = head

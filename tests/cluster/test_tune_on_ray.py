@@ -1,16 +1,14 @@
 """Sweeps on Ray: both ways of running a trial, and trials, workers and drivers that die."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 
 import pyarrow.parquet as pq
 import pytest
 
-from ray_runs import effray, wait_for
+from ray_runs import driver, effray, wait_for
 from wandb_records import records
 
 KINDS = ("run", "history", "summary", "exit")
@@ -46,20 +44,23 @@ def grid(tmp_path, *rates):
     return ["--root", tmp_path, "--name", "s", "--space", tmp_path / "grid.py", "--search", "grid", *TINY]
 
 
-def check_wandb(written, row):
-    """Assert that a trial's W&B run was closed, and has its name, group, settings, epochs and, when done, summary."""
-    kinds = {kind: [getattr(r, kind) for r in written if r.WhichOneof("record_type") == kind] for kind in KINDS}
-    ((run,), (ended,)) = kinds["run"], kinds["exit"]
-    assert (run.display_name, run.run_group, ended.exit_code) == (row["run"], "s", 0)
-    settings = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert settings["train"]["lr"] == row["train.lr"]
-    logged = [{"/".join(i.nested_key) or i.key: i.value_json for i in record.item} for record in kinds["history"]]
-    epochs = [int(items["train/epoch"]) for items in logged if "train/epoch" in items]
-    assert epochs == [*range(1, row["epochs"] + 1)]
-    summaries = [{"/".join(i.nested_key) or i.key for i in record.update} for record in kinds["summary"]]
-    done = row["state"] == "done"
-    assert any("test_accuracy" in names for names in summaries) == done
-    assert any(name.startswith("plots/") for items in logged for name in items) == done
+def check_wandb(root, rows):
+    """Assert that each W&B run was closed and has its trial's name, group, settings, epochs and, if done, summary."""
+    for row in rows:
+        (file,) = (root / "train" / row["run"]).glob("wandb/offline-run-*/*.wandb")
+        written = [*records(file)]
+        kinds = {kind: [getattr(r, kind) for r in written if r.WhichOneof("record_type") == kind] for kind in KINDS}
+        ((run,), (ended,)) = kinds["run"], kinds["exit"]
+        assert (run.display_name, run.run_group, ended.exit_code) == (row["run"], "s", 0)
+        settings = {item.key: json.loads(item.value_json) for item in run.config.update}
+        assert settings["train"]["lr"] == row["train.lr"]
+        logged = [{"/".join(i.nested_key) or i.key: i.value_json for i in each.item} for each in kinds["history"]]
+        epochs = [int(items["train/epoch"]) for items in logged if "train/epoch" in items]
+        assert epochs == [*range(1, row["epochs"] + 1)]
+        summaries = [{"/".join(i.nested_key) or i.key for i in each.update} for each in kinds["summary"]]
+        done = row["state"] == "done"
+        assert any("test_accuracy" in names for names in summaries) == done
+        assert any(name.startswith("plots/") for items in logged for name in items) == done
 
 
 def test_a_sweep_of_single_processes(ray, tmp_path, space, capsys):
@@ -71,9 +72,7 @@ def test_a_sweep_of_single_processes(ray, tmp_path, space, capsys):
     assert all(row["epochs"] == 4 for row in rows if row["state"] == "done")
     out = capsys.readouterr().out
     assert f"wandb sync {tmp_path}/train/s-*/wandb/offline-run-*" in out
-    for row in rows:
-        (file,) = (tmp_path / "train" / row["run"]).glob("wandb/offline-run-*/*.wandb")
-        check_wandb(records(file), row)
+    check_wandb(tmp_path, rows)
     best = next(row for row in rows if f"best: {row['run']}" in out)
     assert best["accuracy"] == max(row["accuracy"] for row in rows if row["state"] == "done")
     effray("show", "--root", tmp_path, "s-000")
@@ -89,9 +88,7 @@ def test_a_stopped_trial_of_several_workers_closes_its_files(ray, tmp_path):
     effray("tune", "train", *grid(tmp_path, 0.2, 1e-5, 1e-6), "--cluster.workers", "2", "--track", "wandb")
     rows = results(tmp_path)
     assert rows[0]["state"] == "done" and "stopped" in {row["state"] for row in rows[1:]}
-    for row in rows:
-        (file,) = (tmp_path / "train" / row["run"]).glob("wandb/offline-run-*/*.wandb")
-        check_wandb(records(file), row)
+    check_wandb(tmp_path, rows)
 
 
 def test_lipt_with_as_many_workers_a_trial_as_there_are_cpus(ray, tmp_path):
@@ -124,30 +121,24 @@ def test_a_failing_trial_does_not_disturb_others(ray, tmp_path, scheduler, capsy
     assert "resume with: effray tune train --resume s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_killed_trial_resumes_from_its_last_epoch(ray, tmp_path, space, workers):
-    source = ["--dataset", "sabotage:load_and_kill_once", "--set", f"dataset.options.marker={tmp_path}/killed"]
-    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "2", "--scheduler", "fifo", *TINY]
+@pytest.mark.parametrize(
+    ("death", "workers", "trials"),
+    [("once", "0", 2), ("once", "2", 2), ("trial", "3", 1)],  # the last while its workers start, whose CPUs are freed
+)
+def test_a_killed_trial_resumes_from_its_last_epoch(ray, tmp_path, space, death, workers, trials):
+    source = ["--dataset", f"sabotage:load_and_kill_{death}", "--set", f"dataset.options.marker={tmp_path}/killed"]
+    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", trials, "--scheduler", "fifo", *TINY]
     effray("tune", "train", *options, *source, "--cluster.workers", workers)
     assert (tmp_path / "killed").exists()  # somebody did die
     rows = results(tmp_path)
-    assert [(row["trial"], row["state"], row["epochs"]) for row in rows] == [(0, "done", 4), (1, "done", 4)]
-
-
-def test_a_trial_that_dies_while_its_workers_start_leaves_their_cpus_free(ray, tmp_path, space):
-    source = ["--dataset", "sabotage:load_and_kill_trial", "--set", f"dataset.options.marker={tmp_path}/killed"]
-    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "1", "--scheduler", "fifo", *TINY]
-    effray("tune", "train", *options, *source, "--cluster.workers", "3")
-    assert (tmp_path / "killed").exists()
-    assert [row["state"] for row in results(tmp_path)] == ["done"]
+    assert [(row["trial"], row["state"], row["epochs"]) for row in rows] == [(n, "done", 4) for n in range(trials)]
 
 
 def test_a_killed_driver_is_resumed_and_no_done_trial_runs_twice(ray, tmp_path, space):
-    command = [sys.executable, "-c", "from raypkg.cli import script; script()", "tune", "train", "--root", tmp_path]
-    options = ["--name", "s", "--space", space, "--samples", "5", "--scheduler", "fifo", "--cluster.address", "local"]
-    with subprocess.Popen([*command, *options, *TINY, "--train.epochs", "30"], stdout=subprocess.DEVNULL) as driver:
-        wait_for(lambda: len(list(tmp_path.glob("train/*/summary.json"))) >= 2, driver)
-        os.kill(driver.pid, signal.SIGKILL)
+    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "5", "--scheduler", "fifo", *TINY]
+    with driver("tune", "train", *options, "--train.epochs", "30", stdout=subprocess.DEVNULL) as process:
+        wait_for(lambda: len(list(tmp_path.glob("train/*/summary.json"))) >= 2, process)
+        process.kill()
     time.sleep(5)  # until its trials are gone as well
     done = {file.parent.name for file in tmp_path.glob("train/*/summary.json")}
     before, written = started(tmp_path), {name: (tmp_path / "train" / name / "summary.json").stat() for name in done}
@@ -162,17 +153,13 @@ def test_a_killed_driver_is_resumed_and_no_done_trial_runs_twice(ray, tmp_path, 
 
 
 def test_an_interrupt_ends_in_order_and_names_the_command_that_resumes(tmp_path, space):
-    command = [sys.executable, "-c", "from raypkg.cli import script; script()", "tune", "train", "--root", tmp_path]
-    options = ["--name", "s", "--space", space, "--samples", "4", "--scheduler", "fifo", "--cluster.address", "local"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [*command, *options, *TINY, "--train.epochs", "40"], stdout=pipe, stderr=pipe, text=True
-    ) as driver:
-        wait_for(lambda: len(list(tmp_path.glob("train/*/summary.json"))) >= 1, driver)
-        os.kill(driver.pid, signal.SIGINT)
-        out, error = driver.communicate(timeout=120)
-    assert driver.returncode == 2
-    assert "best: s-00" in out
+    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "4", "--scheduler", "fifo", *TINY]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with driver("tune", "train", *options, "--train.epochs", "40", **pipes) as process:
+        wait_for(lambda: len(list(tmp_path.glob("train/*/summary.json"))) >= 1, process)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=120)
+    assert process.returncode == 2 and "best: s-00" in out
     assert error.splitlines()[-1].startswith("effray: interrupted, ")
     assert f"resume with: effray tune train --resume s --root {tmp_path}" in error
     assert len(results(tmp_path)) == 4

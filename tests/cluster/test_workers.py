@@ -50,20 +50,17 @@ def test_a_restarted_worker_goes_on_with_the_task_without_an_answer(ray, mailbox
     assert ray.get(waiting) is None
 
 
-def test_a_mailbox_that_died_interrupts_the_run(ray, mailbox):
-    _, outcomes = delivered(mailbox, print)
-    ray.kill(mailbox)
-    error = outcomes.get(timeout=60)
-    assert isinstance(error, Interruption) and str(error) == LOST
-
-
-def test_what_keeping_a_row_raises_reaches_the_driver(mailbox):
+def test_a_mailbox_that_died_and_what_keeping_a_row_raises_reach_the_driver(ray, mailbox):
     def full(row):
         raise OSError("no space left on device")
 
     _, outcomes = delivered(mailbox, full)
     mailbox.put.remote("row", {"epoch": 1})
     assert isinstance(outcomes.get(timeout=60), OSError)
+    _, outcomes = delivered(mailbox, print)
+    ray.kill(mailbox)
+    error = outcomes.get(timeout=60)
+    assert isinstance(error, Interruption) and str(error) == LOST
 
 
 def test_workers_that_cannot_start_interrupt_the_run(ray, monkeypatch, tmp_path):
