@@ -36,7 +36,7 @@ Example:
 """
 
 
-CONCURRENT = click.Option(["--concurrent"], type=int, help="trials at once (default: as many as fit)")
+CONCURRENT = click.Option(["--concurrent"], type=click.IntRange(1), help="trials at once (default: as many as fit)")
 
 
 # effray tune
@@ -56,6 +56,8 @@ def _seconds_of(text: str) -> float:
 
 
 def _tune_command(name: str) -> click.Command:
+    from raypkg.studies.tables import MOST_TRIALS
+
     from .setting_options import settings_command
 
     if name not in _experiments():
@@ -63,7 +65,7 @@ def _tune_command(name: str) -> click.Command:
     entry = experiment[name]
     options = [
         click.Option(["--space"], metavar="FILE|NAME", help=f"what to vary (default: {name})"),
-        click.Option(["--samples"], type=int, help="trials (default: 8; of a grid, all)"),
+        click.Option(["--samples"], type=click.IntRange(1, MOST_TRIALS), help="trials (default: 8; of a grid, all)"),
         click.Option(["--metric"], help="by which trials are compared (default: the space's)"),
         click.Option(["--mode"], metavar="max|min", help="direction of the metric (default: its own)"),
         click.Option(

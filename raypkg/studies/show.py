@@ -285,10 +285,7 @@ def _comparison_report(study: Study, table: Table, final: bool) -> Report:
 
     lines = []
     summaries = [run.summary for run in outcomes.runs.values() if run.summary]
-    takers: Counter[str] = Counter()
-    for summary in summaries:
-        takers.update([*summary.get("taken_over", ())])
-    if takers:
+    if takers := Counter(phase for summary in summaries for phase in summary.get("taken_over", ())):
         phases = " and ".join(f"{phase} of {count:,}" for phase, count in takers.items())
         source = "another one with the same settings, data and seed"
         cost = "their cost is counted in each"

@@ -44,8 +44,8 @@ from raypkg.runs.storage import Storage
 
 from .driver import EVALUATE, Driver, varied
 from .outcomes import HELD_OUT
-from .study import FOLDER, MOST, RECORD, SPACE, TO_THE_END, Order, Study, Trial, Values, create_study, find_study
-from .tables import METRICS, REST, Table, read_code, run_code, shipped_files, stored_table, with_data
+from .study import FOLDER, RECORD, SPACE, TO_THE_END, Order, Study, Trial, Values, create_study, find_study
+from .tables import METRICS, MOST_TRIALS, REST, Table, read_code, run_code, shipped_files, stored_table, with_data
 
 SPACES = "tune_spaces"
 DRAWS = 1000  # attempts to draw settings that no other trial has
@@ -87,7 +87,6 @@ def start_sweep(
     if scheduler != TO_THE_END and not METRICS[metric].each_epoch:
         problem = f"metric {metric} is known only at the end of a trial, so --scheduler {scheduler} could not act on it"
         raise UserError(f"{problem}: give --scheduler {TO_THE_END}, or --metric accuracy")
-    check_counts(asked)
     if chosen["search"] == "grid" and "samples" in asked:
         raise UserError(f"--samples {asked['samples']}: a grid has as many trials as combinations")
     order = Order(experiment=entry.name, varied=[*domains], **chosen)
@@ -131,7 +130,6 @@ def start_comparison(
     and so is a name that a comparison with other settings has.
     """
     check_root(root)
-    check_counts({"concurrent": concurrent})
     published, table = table, with_data(table, values)
     settings = base_settings(table, config, values)
     check_comparison(table, settings)
@@ -196,7 +194,6 @@ def resume_study(name: str, command: str, asked: Asked, values: Mapping[str, Any
     if fixed:
         others = "only --concurrent, --time-budget of a sweep, cluster.* and track.*"
         raise UserError(f"--resume {name} keeps what was asked for: {fixed[0]} cannot change, {others}")
-    check_counts(asked)
     check_root(root)
     study = find_study(root, name)
     check_code(study.storage, study.config)
@@ -305,8 +302,8 @@ def check_space(space: Space, check: Callable[[Values], None]) -> None:
             raise UserError("space: preset cannot be varied: vary the settings that it stands for, or compare presets")
         if name.partition(".")[0] in APART:
             raise UserError(f"space: {name} does not alter the result and cannot be varied; give it as an option")
-        if len(values) > MOST:
-            raise UserError(f"space: {name} has {len(values):,} values, of which {MOST:,} can be tried")
+        if len(values) > MOST_TRIALS:
+            raise UserError(f"space: {name} has {len(values):,} values, of which {MOST_TRIALS:,} can be tried")
         for value in values:
             try:
                 check({**first, name: value})
@@ -344,14 +341,6 @@ def check_root(root: str) -> None:
     if redacted(root) != root:
         advice = "leave them to the environment, such as AWS_ACCESS_KEY_ID"
         raise UserError(f"--root has credentials in it, which Ray Tune would keep in its own files: {advice}")
-
-
-def check_counts(asked: Asked) -> None:
-    """Refuse too few or too many trials, in all or at once."""
-    for option in ("samples", "concurrent"):
-        count = asked.get(option)
-        if count is not None and not 1 <= count <= MOST:
-            raise UserError(f"--{option} {shown(count)}: at least 1 and at most {MOST:,}")
 
 
 def base_of(schema: type[Settings], config: Path | None) -> dict[str, Any]:

@@ -36,7 +36,6 @@ DONE = "done"
 STOPPED = "stopped"
 FAILED = "failed"
 UNFINISHED = "unfinished"
-MOST = 10_000  # trials of a study, and values of a setting: each is checked beforehand
 TO_THE_END = "fifo"  # the scheduler that stops no trial
 TRIAL = re.compile(r"(.+)-(\d{3,})")  # a trial's name: its study's name and its number
 Row = Mapping[str, Any]  # number, run, state, figures and settings of a trial

@@ -26,7 +26,7 @@ SUFFIX = ".py"
 TABLES = "tune_spaces/tables"
 SCALES = ("small", "paper")
 VERDICTS = PAID, NOT_PAID, UNKNOWN = "paid", "did not pay", "unknown"  # on a row; see `outcomes.judge`
-MOST_TRIALS = 10_000
+MOST_TRIALS = 10_000  # of a study, and values of a setting: each is checked beforehand
 REST = "all"  # the one case of a table without cases
 Values = Mapping[str, Any]  # settings by dotted names
 

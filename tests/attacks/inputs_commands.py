@@ -65,7 +65,7 @@ SETTINGS = cases(
         "sparse --density 0.5 --multiplier 1000000000000": "multiplier = '1000000000000'",
         "tune crest --space nowhere.py": "there is no space file 'nowhere.py'",
         "tune crest --resume nope": "unknown sweep in … 'nope' … Allowed: sweep",
-        "tune crest --resume sweep --concurrent 0": "--concurrent 0: at least 1",
+        "tune crest --resume sweep --concurrent 0": "'--concurrent': 0 is not in the range",
     },
 )
 
