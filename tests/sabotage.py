@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from raypkg.data.sources.digits import digits as load_digits
+from raypkg.data.sources.built_in import digits as load_digits
 from raypkg.data.split import Split
 
 BATCHES = 9  # read before the end

@@ -13,7 +13,7 @@ from raypkg.data.split import Split
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
 from raypkg.models import build_model
-from raypkg.models.checkpointing import checkpoint_blocks
+from raypkg.models.operations import checkpoint_blocks
 
 IMAGE, TEXT = (3, 16, 16), (12, 50)
 

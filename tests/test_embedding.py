@@ -16,8 +16,8 @@ from forked import effray, kill_at
 from raypkg.core.seeds import generator
 from raypkg.data import load_data
 from raypkg.data.augment import compose
-from raypkg.data.partition import hold_out
-from raypkg.data.sources.digits import digits as load_digits
+from raypkg.data.sources.built_in import digits as load_digits
+from raypkg.data.split import hold_out
 from raypkg.experiments import embedding
 from raypkg.experiments.trained import load_model
 from raypkg.models import build_model

@@ -197,7 +197,7 @@ def test_grey_as_colour_and_colour_as_grey():
 def test_sixteen_bits_keep_their_upper_byte(tmp_path):
     Image.fromarray(np.array([[0, 255, 256, 65535]], np.uint16)).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
-    assert read_header(data, str, 0).grey and decode(data, (1, 1, 4))[0, :, 0].tolist() == [0, 0, 1, 255]
+    assert read_header(data, str, 0)[2] and decode(data, (1, 1, 4))[0, :, 0].tolist() == [0, 0, 1, 255]
 
 
 def test_images_are_cropped_at_their_centre():

@@ -20,7 +20,7 @@ from forked import Process
 from raypkg.core.address import opened
 from raypkg.core.errors import UserError
 from raypkg.data import load_data
-from raypkg.data.sources import classics, image_folder, libsvm, parquet, table, text
+from raypkg.data.sources import classics, image_files, libsvm, table, text
 from raypkg.data.store import images, streamed
 from raypkg.data.store.streamed import DIGEST, Stream
 from test_object_sources import same
@@ -36,8 +36,7 @@ def small(monkeypatch):
     monkeypatch.setattr(streamed, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(streamed, "PART_BYTES", 2000)
     monkeypatch.setattr(images, "SAMPLED", 40)
-    for module in (image_folder, parquet):
-        monkeypatch.setattr(module, "READ_AT_ONCE", 8)
+    monkeypatch.setattr(image_files, "READ_AT_ONCE", 8)
     for module in (classics, libsvm, table, text):
         monkeypatch.setattr(module, "BLOCK", 8)
 
@@ -203,8 +202,8 @@ def test_stored_parts_are_not_read_again(local, tmp_path, allowing, caplog, monk
     source = pictures(tmp_path / "data")
     killed_import(source, local, allowing, 7)
     read = set()
-    batches = parquet.RowGroup.batches
-    monkeypatch.setattr(parquet.RowGroup, "batches", lambda group: read.add(group.file) or batches(group))
+    batches = image_files.RowGroup.batches
+    monkeypatch.setattr(image_files.RowGroup, "batches", lambda group: read.add(group.file) or batches(group))
     load_data(source, cache=local)
     (start,) = begun_at(caplog)
     assert start % FILE and start > FILE

@@ -25,7 +25,7 @@ from raypkg.experiments.embedding import named_backbone
 from raypkg.methods.sparse.hook import first_batch
 from raypkg.methods.sparse.masks import prunable
 from raypkg.models import build_model
-from raypkg.models.checkpointing import checkpoint_blocks
+from raypkg.models.operations import checkpoint_blocks
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 from tiny_language import instructions, tiny_language

@@ -11,7 +11,7 @@ from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive, generator
 from raypkg.data.coreset import Coreset
-from raypkg.data.partition import stratified_shards
+from raypkg.data.split import stratified_shards
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Cost, Worker

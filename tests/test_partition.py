@@ -3,7 +3,7 @@ import torch
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.data.partition import hold_out, stratified_shards
+from raypkg.data.split import hold_out, stratified_shards
 
 COUNTS = torch.tensor([50, 30, 15, 5])
 Y = torch.arange(4).repeat_interleave(COUNTS)[torch.randperm(100, generator=generator(0, "labels"))]

@@ -37,8 +37,6 @@ def test_images_and_rows_by_hand():
         ((ROWS[:0], Y[:0]), r"x is empty: \[0, 2\]"),
         ((torch.tensor([[0.0, 1], [torch.nan, 0]]), Y), "row 1 of x holds NaN or infinity"),
         ((ROWS.double() * 1e300, Y), "row 0 of x holds NaN or infinity, or a number beyond float32"),
-        ((ROWS.tolist(), Y), "x is a list, needed is a tensor or a NumPy array"),
-        ((ROWS.to_sparse(), Y), r"x is a tensor of layout torch.sparse_coo, needed is a dense one"),
         ((ROWS.numpy().astype(object), Y), r"x is object \[2, 2\], needed is uint8"),
         ((ROWS.numpy(), np.array([False, True])), r"y is bool \[2\], needed are integers"),
         (

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from raypkg.core.errors import UserError, shown
+from raypkg.core.errors import UserError
 from raypkg.core.registry import argument
 
 from .sources import dataset
@@ -37,16 +37,12 @@ def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: "Ca
     """
     from .split import Split  # imports torch, which a list of sources does not need
 
-    if not isinstance(name, str):
-        raise UserError(f"load_data takes the name of a data set, such as 'digits', not {shown(name)}")
     entry = dataset[name]
     signature = inspect.signature(entry.function)
-    if "split" not in signature.parameters:
-        raise UserError(f"dataset {name!r}: its function must take a keyword split, which is 'train' or 'test'")
     try:
-        signature.bind("", **dict.fromkeys(entry.declares))
+        signature.bind("", **dict.fromkeys({"split", *entry.declares}))
     except TypeError:
-        raise UserError(f"dataset {name!r} must be callable as function(root, split=…), not {signature}") from None
+        raise UserError(f"dataset {name!r} must be callable as function(root, *, split), not {signature}") from None
     root = argument(name) if entry.name in dataset else ""  # the user's own function has no argument
 
     def load(split: str) -> Split:

@@ -118,10 +118,13 @@ Place: TypeAlias = Path | _Remote
 
 
 def place_of(root: str) -> Place:
-    """Return the file or folder at a source's PATH; refuse a URI that cannot be listed and a name that is not UTF-8."""
+    """Return the file or folder at a source's PATH, which must exist; refuse a name that is not UTF-8."""
     if "\0" in root or root != root.encode(errors="replace").decode():  # bytes that Python keeps as surrogates
         raise UserError(f"path {root!r}: its name must be UTF-8 without NUL")
-    return _Remote(_Listing(root)) if is_uri(root) else Path(root)
+    place = _Remote(_Listing(root)) if is_uri(root) else Path(root)
+    if not place.exists():
+        raise UserError(f"{root!r} does not exist")
+    return place
 
 
 def files_below(folder: Place, suffixes: Collection[str]) -> list[Place]:
@@ -216,8 +219,6 @@ def split_files(root: Place, split: str, kind: str, suffixes: Sequence[str]) -> 
 
     ``root`` is a file, or a folder that is searched with all folders below it; ``kind`` names the files in errors.
     """
-    if not root.exists():
-        raise UserError(f"{kind} path {str(root)!r} does not exist")
     files = [root] if root.is_file() else [path for path in files_below(root, suffixes) if path.suffix in suffixes]
     for prefix in PREFIXES[split]:
         named = [file for file in files if file.name.startswith(prefix)]
@@ -231,8 +232,6 @@ def split_files(root: Place, split: str, kind: str, suffixes: Sequence[str]) -> 
 def row_files(path: Place, suffixes: tuple[str, ...]) -> dict[str, Place]:
     """Return the single file of each split: train and test in a folder, or one file for both."""
     if not path.is_dir():
-        if not path.exists():
-            raise UserError(f"table {str(path)!r} does not exist")
         if not path.is_file() or not path.name.endswith(suffixes):
             raise UserError(f"table {str(path)!r} is not a file with one of the endings {', '.join(suffixes)}")
         return dict.fromkeys(PREFIXES, path)

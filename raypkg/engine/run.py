@@ -17,7 +17,7 @@ from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import Training
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
-from raypkg.models.checkpointing import checkpoint_blocks
+from raypkg.models.operations import checkpoint_blocks
 
 from . import hook as hook  # the registry
 from .batches import Batch, Batches, Epoch, dtype_of

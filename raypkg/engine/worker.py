@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raypkg.core.errors import UserError
 from raypkg.core.memory import machine_memory
 from raypkg.core.settings import Training
-from raypkg.models.checkpointing import blocks_of
+from raypkg.models.operations import blocks_of
 
 Row = Mapping[str, Any]  # one line of metrics: phase, epoch, loss, …
 

@@ -28,7 +28,7 @@ from raypkg.data.tokenizer import pretrained_at
 from raypkg.engine.batches import dtype_of
 from raypkg.models import outline
 from raypkg.models.classifier import last_linear
-from raypkg.models.hugging_face import quiet
+from raypkg.models.pretrained import quiet
 from raypkg.runs.document import cost_grid, findings
 from raypkg.runs.folder import MODEL, RunFolder
 

@@ -89,10 +89,8 @@ def _batches(
     """Yield the samples of a source in batches that ``predict`` takes, with the file, text or row of each."""
     kind = kind_of(model.shape)
     place = place_of(source)
-    if not place.exists():
-        raise UserError(f"there is no file or folder {source!r}")
     if kind is IMAGES:
-        from raypkg.data.sources.image_folder import SUFFIXES, content
+        from raypkg.data.sources.image_files import SUFFIXES, content
         from raypkg.data.store.images import decode_all
 
         files = files_below(place, SUFFIXES) if place.is_dir() else [place]

@@ -72,7 +72,7 @@ class Samples(NamedTuple):
 def open_samples(settings: RunSettings, *, verify: bool = True) -> Samples:
     """Open a run's data set, ``verify`` it by the digest in its settings, and hold out the validation share by seed."""
     from raypkg.data.opening import open_data
-    from raypkg.data.partition import hold_out
+    from raypkg.data.split import hold_out
 
     chosen = settings.dataset
     data = open_data(chosen, settings.seed)

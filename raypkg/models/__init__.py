@@ -40,8 +40,6 @@ def build_model(
 
     entry = model[name]
     shape = tuple(shape)
-    if not shape or min(shape) < 1:
-        raise UserError(f"input shape {shape}: positive sizes are needed, (C, H, W), (D,) or (L, V)")
     signature = inspect.signature(entry.function)
     if entry.name != name and "variant" not in signature.parameters:
         raise UserError(f"model {name!r}: {entry.name!r} takes nothing after a colon")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from . import model
-from .classifier import Classifier
-from .layers import GROUPS, Norm, Shape, Width, image_shape
+from .classic import GROUPS, Norm
+from .classifier import Classifier, Shape, Width, image_shape
 
 JORDAN = "arXiv:2404.00498"
 PATCH = 2  # pixels, of a side

@@ -1,16 +1,22 @@
 """The form of every model, ``head(features(x))``, and the conversion of a user's module into it."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raypkg.core.errors import UserError
-from raypkg.data.kinds import kind_of
+from raypkg.data.kinds import IMAGES, TEXTS, kind_of
 
+INSTEAD = "for rows use 'mlp' or 'linear', for texts 'transformer' or transformers:NAME"
+Shape = tuple[int, ...]  # of one sample, (C, H, W), (D,) or (L, V)
+Width = Annotated[int, Field(ge=1, le=1 << 20)]  # of a layer; wider ones would overflow the sizes of tensors
+Probability = Annotated[float, Field(ge=0, lt=1)]
 MeanStd = tuple[tuple[float, ...], tuple[float, ...]]  # of each channel
 
 
@@ -43,6 +49,31 @@ class Answered(NamedTuple):
     losses: Tensor  # mean cross-entropy over each sample's answered tokens, float32 or more [b]
     right: Tensor  # True where the first answered token is the most probable one, bool [b]
     tokens: Tensor  # number of answered tokens, int64 [b]
+
+
+def image_shape(shape: Shape, least: int) -> tuple[int, int, int]:
+    """Return (C, H, W), or refuse rows of a table and images with a side below ``least`` pixels."""
+    if kind_of(shape) is not IMAGES:
+        raise UserError(f"input shape {shape}: this model takes images (C, H, W); {INSTEAD}")
+    channels, height, width = shape
+    if min(height, width) < least:
+        raise UserError(f"input shape {shape}: images for this model need at least {least} × {least} pixels")
+    return channels, height, width
+
+
+def flat_size(shape: Shape) -> int:
+    """Return the number of values of a sample, or refuse texts."""
+    if kind_of(shape) is TEXTS:
+        raise UserError(f"input shape {shape}: this model takes images and rows; {INSTEAD}")
+    return math.prod(shape)
+
+
+def text_shape(shape: Shape) -> tuple[int, int]:
+    """Return (L, V), or refuse images and rows."""
+    if kind_of(shape) is not TEXTS:
+        raise UserError(f"input shape {shape}: this model takes texts (L, V); for images or rows use 'mlp'")
+    length, vocabulary = shape
+    return length, vocabulary
 
 
 def classifier(model: nn.Module, what: str) -> Classifier:
@@ -160,8 +191,6 @@ def probe(module: nn.Module, name: str, x: Tensor, width: int, *, exact: bool = 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module within the wrappers of DDP and of `torch.compile`, with which it shares its parameters."""
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model is of type {type(model).__name__}: give an nn.Module")
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module

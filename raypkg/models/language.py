@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.registry import extra
-from raypkg.data.kinds import TEXTS, kind_of
+from raypkg.data.kinds import TEXTS
 
 from . import model
-from .classifier import Answered
-from .hugging_face import check_texts, config_of, loaded, quiet
-from .layers import Probability, Shape
+from .classifier import Answered, Probability, Shape, text_shape
+from .pretrained import check_texts, config_of, loaded, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,9 +70,8 @@ def language_model(
     idle = {"alpha": alpha is not None, "dropout": dropout, "targets": targets != ATTENTION, "base": base != "float32"}
     if not rank and (given := [option for option, is_given in idle.items() if is_given]):
         raise UserError(f"model {name!r}: {given[0]} would do nothing without adapters: give rank, such as rank=8")
+    text_shape(shape)
     config = config_of(name)
-    if kind_of(shape) is not TEXTS:
-        raise UserError(f"input shape {shape}: model {name!r} takes texts (L, V), such as instructions:PATH")
     check_texts(config, name, shape)
     with quiet() as package:
         network = loaded(name, config, package.AutoModelForCausalLM, dtype=getattr(torch, base), complete=True)

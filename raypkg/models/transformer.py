@@ -8,12 +8,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raypkg.core.errors import UserError
-from raypkg.data.kinds import TEXTS, kind_of
-
 from . import model
-from .classifier import Classifier
-from .layers import Probability, Shape, Width
+from .classifier import Classifier, Probability, Shape, Width, text_shape
 
 SEGMENTS = 2
 
@@ -32,11 +28,7 @@ def transformer(
 
     Differs from the paper: an encoder alone, with learned positions, GELU, and norms before each part (pre-norm).
     """
-    if kind_of(shape) is not TEXTS:
-        raise UserError(f"input shape {shape}: this model takes texts (L, V); for images or rows use 'mlp'")
-    length, vocabulary = shape
-    if width % heads:
-        raise UserError(f"width = {width} cannot be shared by heads = {heads}: it must be a multiple of them")
+    length, vocabulary = text_shape(shape)
     blocks = [EncoderLayer(width, heads, dropout) for _ in range(layers)]
     return Classifier(Encoder(length, vocabulary, width, blocks, dropout), nn.Linear(width, num_classes))
 

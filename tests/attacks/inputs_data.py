@@ -21,7 +21,7 @@ SOURCES = cases(
     {
         "mnist:s3://bucket/mnist": "MNIST is read from a local folder, not from 's3://bucket/mnist'",
         "table": "needs one of train.parquet and train.csv",
-        "table:nope.csv": "table 'nope.csv' does not exist",
+        "table:nope.csv": "'nope.csv' does not exist",
         "fashionmnist:/dev/null/x": "cannot fetch FashionMNIST into '/dev/null/x'",
     },
 )

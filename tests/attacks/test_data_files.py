@@ -261,7 +261,7 @@ def test_an_image_that_may_not_be_read(folder, load_folder, monkeypatch):
     def refused(path):
         raise PermissionError(13, "Permission denied")  # the tests may run as root, who may read everything
 
-    monkeypatch.setattr("raypkg.data.sources.image_folder.open_input", refused)
+    monkeypatch.setattr("raypkg.data.sources.image_files.open_input", refused)
     with pytest.raises(UserError, match=r"image '.*train/cat/000.png' cannot be read: Permission denied"):
         load_folder()
 

@@ -17,7 +17,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data.coreset import Coreset
 from raypkg.data.sources import libsvm
-from raypkg.data.sources.parquet import ImageTable
+from raypkg.data.sources.image_files import ImageTable
 from raypkg.data.sources.table import RowTable
 from raypkg.data.split import Split
 from raypkg.data.store.images import decode_all, surveyed

@@ -93,7 +93,7 @@ def test_predict_images_by_file_or_folder(effray, refusal):
     Path("empty").mkdir()
     Path("broken.png").write_bytes(b"\x89PNG no")
     for source, problem in (
-        ("broken.png", "broken.png"), ("none", "there is no file or folder 'none'"), ("empty", "holds no images")
+        ("broken.png", "broken.png"), ("none", "'none' does not exist"), ("empty", "holds no images")
     ):  # fmt: skip
         assert problem in refusal(f"predict one {source}")
     assert "unknown format of predictions '.txt'" in refusal("predict one set --out out.txt")

@@ -53,6 +53,7 @@ FULL_SIZE = 1  # of the decoder's scales 1/1, 1/2, 1/4 and 1/8
 Side = Annotated[int, Field(ge=0, le=1 << 16)]  # of an image, in pixels; 0 = its own
 Name = Callable[[int], str]  # describes the i-th image in errors
 Shape = tuple[int, ...]
+ImageHeader = tuple[int, int, bool]  # height, width, whether it is grey
 
 
 class Examples(Protocol):
@@ -201,14 +202,6 @@ def _sides(sides: Shape) -> str:
 # Headers
 
 
-class ImageHeader(NamedTuple):
-    """Facts that precede the pixels of an image file."""
-
-    height: int
-    width: int
-    grey: bool
-
-
 def read_header(data: bytes, name: Name, i: int) -> ImageHeader:
     """Read the header of the i-th encoded image; ``name(i)`` describes it in errors."""
     if header := jpeg_header(data):
@@ -217,7 +210,7 @@ def read_header(data: bytes, name: Name, i: int) -> ImageHeader:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return ImageHeader(image.height, image.width, image.mode in GREY)
+                return image.height, image.width, image.mode in GREY
     except TOO_LARGE as error:
         raise UserError(f"{name(i)} is too large to decode: {error} EFFRAY_MEMORY raises the limit") from None
     except DAMAGED:
@@ -243,7 +236,7 @@ def jpeg_header(data: bytes) -> ImageHeader | None:
             is_small = 0 < height * width <= (Image.MAX_IMAGE_PIXELS or 0)
             if not is_small or bits != 8 or channels not in (1, 3):
                 return None
-            header = ImageHeader(height, width, channels == 1)
+            header = height, width, channels == 1
         start += 2 + length
     return None
 

@@ -15,7 +15,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from raypkg.core.config import validate
 from raypkg.core.errors import UserError, unknown
@@ -381,7 +380,7 @@ def new_folder(history: str | os.PathLike[str] | None) -> RunFolder:
 
 def row_numbers(ids: Any) -> np.ndarray:
     """Return ids as int64 [m]; refuse other types and shapes, and none."""
-    numbers = np.atleast_1d(_array(ids, "ids"))
+    numbers = np.atleast_1d(as_array(ids))
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not len(numbers) or numbers.max() >= 2**63:
         raise UserError(
             f"ids are {numbers.dtype} {list(numbers.shape)}, needed are integers [m], at least one, below 2⁶³"
@@ -389,16 +388,11 @@ def row_numbers(ids: Any) -> np.ndarray:
     return numbers.astype(np.int64)
 
 
-def _array(values: Any, name: str) -> np.ndarray:
-    """Return numbers of NumPy, PyTorch, Arrow or Python as an array; a table's columns become those of a matrix."""
-    return as_array(values if isinstance(values, Tensor) else np.asarray(values), name)
-
-
 def _numbers(X: Any) -> np.ndarray:
     """Return samples as floats [n, D] or uint8 [n, C, H, W]."""
     if hasattr(X, "toarray"):
         raise UserError(f"X is sparse ({type(X).__name__}): DeltaGrad takes dense samples, X.toarray()")
-    x = _array(X, "X")
+    x = as_array(X)
     if x.dtype.kind == "c":
         raise UserError(f"X is {x.dtype}. Complex data not supported")
     if x.dtype == np.uint8 and x.ndim == 4:
@@ -415,7 +409,7 @@ def _labels(y: Any, n: int) -> np.ndarray:
     """Return labels [n]; refuse continuous ones, and types that the log cannot keep."""
     if y is None:
         raise UserError("DeltaGrad requires y to be passed, but the target y is None")
-    labels = _array(y, "y")
+    labels = as_array(y)
     if labels.shape == (n, 1):
         labels = labels[:, 0]
     if labels.shape != (n,):

@@ -36,8 +36,7 @@ from raypkg.core.seeds import derive, generator, seeded
 from raypkg.coresets.record import Recorder
 from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import IMAGES
-from raypkg.data.partition import stratified_shards
-from raypkg.data.split import Split, at_hand
+from raypkg.data.split import Split, at_hand, stratified_shards
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.loop import autocast, fit
 from raypkg.engine.run import Hook, Run

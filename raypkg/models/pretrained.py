@@ -1,7 +1,7 @@
-"""Classifiers of Hugging Face's transformers, as ``transformers:NAME`` with a name on the hub or a folder.
+"""Classifiers of other libraries: ``torchvision:NAME``, and ``transformers:NAME`` of the hub or a folder.
 
-A missing checkpoint is downloaded, which is announced; ``HF_HUB_OFFLINE=1`` forbids it. Nothing of a checkpoint is run:
-remote code is refused, and so are weights in pickles.
+A missing checkpoint of Hugging Face is downloaded, which is announced; ``HF_HUB_OFFLINE=1`` forbids it. Nothing of a
+checkpoint is run: remote code is refused, and so are weights in pickles.
 """
 
 from __future__ import annotations
@@ -15,21 +15,67 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, unknown
 from raypkg.core.registry import announce_download, argument, extra
 from raypkg.data.kinds import TEXTS, kind_of
 from raypkg.data.tokenizer import vocabulary_of
 
 from . import model
-from .classifier import MeanStd
-from .layers import Shape
+from .classifier import MeanStd, Shape, as_classifier, image_shape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 WHAT = "a model of Hugging Face"
 NEW = "pooler"  # a layer before the head that checkpoints of pre-training may lack, as they lack the head
+AUXILIARY = ("googlenet", "inception_v3")  # with these classifiers, they return more than logits while training
 SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions count from that of the padding token
+
+
+@model("torchvision", source="https://docs.pytorch.org/vision/stable/models.html")
+def torchvision(shape: Shape, num_classes: int, *, variant: str = "", weights: str = "") -> nn.Module:
+    """Network of torchvision by its name, such as torchvision:resnet18; weights=DEFAULT begins with trained ones.
+
+    Args:
+        shape: (3, H, W).
+        num_classes: C.
+        variant: name of the network.
+        weights: name of torchvision's, such as DEFAULT or IMAGENET1K_V1, downloaded once into torch's cache; the head
+            of C classes is new. Default: all drawn.
+
+    Raises:
+        UserError: unknown network or weights, or weights that cannot be downloaded.
+    """
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if variant not in names:
+        raise unknown("torchvision model", variant, names)
+    channels, _, _ = image_shape(shape, least=1)
+    if channels != 3:
+        raise UserError(f"input shape {shape}: the models of torchvision take 3 channels")
+    if not weights:
+        plain = {"aux_logits": False, "init_weights": True} if variant in AUXILIARY else {}
+        return models.get_model(variant, weights=None, num_classes=num_classes, **plain)
+
+    known = models.get_model_weights(variant)
+    allowed = ["DEFAULT", *(each.name for each in known)]
+    if weights not in allowed:
+        raise unknown(f"weights of torchvision:{variant}", weights, allowed)
+    chosen = known[weights]
+    try:
+        network = models.get_model(variant, weights=chosen)
+    except (OSError, RuntimeError) as error:  # no network, or an interrupted download
+        what = f"weights {weights} of torchvision:{variant}"
+        raise UserError(f"{what} cannot be had from {chosen.url}: {error}") from None
+    if hasattr(network, "AuxLogits"):  # of inception_v3, which computes it in training as long as it exists
+        network.aux_logits = False
+        network.AuxLogits = None
+    pixels = chosen.transforms()
+    split = as_classifier(network)
+    split.trained_with = (tuple(pixels.mean), tuple(pixels.std))
+    split.head = nn.Linear(split.head.in_features, num_classes)
+    return split
 
 
 @model("transformers", source="arXiv:1910.03771")
