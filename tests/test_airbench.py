@@ -53,13 +53,6 @@ def test_convolutions_hand_their_inputs_on_at_first():
     assert torch.equal(convolution(x)[:, :3], x) and not torch.equal(convolution(x)[:, 3:6], x)
 
 
-def test_with_group_norm_samples_do_not_see_each_other():
-    net = build_model("airbench", (3, 16, 16), 4, seed=0, options={"norm": "group", "width": 8})
-    x = images(n=6, side=16)
-    alone = torch.cat([net(one[None]) for one in x])
-    assert torch.allclose(net(x), alone, atol=1e-6)
-
-
 def test_a_new_model_has_looked_at_the_training_images():
     settings = Experiment(model={"name": "airbench", "options": {"width": 8}})
     data = load_data("digits")
@@ -76,8 +69,10 @@ def test_a_new_model_has_looked_at_the_training_images():
     assert torch.equal(first.head.weight, untouched.head.weight)  # what is drawn stays as it was
 
 
-def test_deltagrad_refuses_what_is_fitted_to_its_samples():
+def test_with_group_norm_samples_do_not_see_each_other_but_deltagrad_refuses_what_is_fitted_to_them():
     net = build_model("airbench", (3, 16, 16), 4, seed=0, options={"norm": "group", "width": 8})
+    x = images(n=6, side=16)
+    assert torch.allclose(net(x), torch.cat([net(one[None]) for one in x]), atol=1e-6)
     with pytest.raises(UserError, match=r"'airbench' is fitted to the training inputs.*deleted samples would stay"):
         check_derivation(net, "airbench")
     check_derivation(build_model("lenet5", (3, 32, 32), 4, seed=0), "lenet5")

@@ -31,10 +31,7 @@ CONFIGS = {
     "dinov2": transformers.Dinov2Config(**SMALL, image_size=8, patch_size=4, num_labels=CLASSES),
 }
 OF_IMAGES = {"vit", "dinov2"}
-
-
-def shape_of(kind):
-    return (3, 8, 8) if kind in OF_IMAGES else TEXT
+IMAGE, HALF = (3, 8, 8), [0.5] * 3
 
 
 def family(kind):
@@ -79,7 +76,7 @@ def plain_logits(network, x):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_logits_are_those_of_the_package_and_of_head_and_features(saved, kind):
-    shape = shape_of(kind)
+    shape = IMAGE if kind in OF_IMAGES else TEXT
     model = build(saved(kind), shape).eval()
     network = family(kind).from_pretrained(saved(kind)).eval()
     x = (IMAGES if kind in OF_IMAGES else TEXTS).example(6, shape)
@@ -116,7 +113,7 @@ def test_a_decoder_without_a_padding_token_gets_that_of_the_end(tmp_path):
     assert torch.equal(model.head(model.features(x)), model(x))
 
 
-def test_a_head_of_other_classes_is_drawn_by_the_seed_and_the_body_is_kept(saved):
+def test_a_head_of_other_classes_is_drawn_by_the_seed_and_the_body_is_kept_unless_it_is_drawn_as_well(saved):
     model, again, other = (build(saved("bert"), classes=5, seed=seed) for seed in (0, 0, 1))
     assert model.head.out_features == 5
     assert torch.equal(model.head.weight, again.head.weight)
@@ -126,14 +123,11 @@ def test_a_head_of_other_classes_is_drawn_by_the_seed_and_the_body_is_kept(saved
     assert len(body) == len(stored) - 2
     for name, value in body.items():
         assert torch.equal(value, stored[name.removeprefix("features.network.")]), name
-
-
-def test_without_its_weights_all_of_a_checkpoint_is_drawn(saved):
-    model, other = build(saved("bert"), weights=False), build(saved("bert"), weights=False, seed=1)
-    stored = load_file(saved("bert") / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
-    drawn = model.get_parameter("features.network.bert.embeddings.word_embeddings.weight")
-    assert not torch.equal(drawn, stored) and drawn.shape == stored.shape
-    assert not torch.equal(drawn, other.get_parameter("features.network.bert.embeddings.word_embeddings.weight"))
+    word = "bert.embeddings.word_embeddings.weight"
+    drawn, other = (
+        build(saved("bert"), weights=False, seed=s).get_parameter(f"features.network.{word}") for s in (0, 1)
+    )
+    assert drawn.shape == stored[word].shape and not torch.equal(drawn, stored[word]) and not torch.equal(drawn, other)
 
 
 def test_dropout_is_set_in_all_its_places(saved):
@@ -164,44 +158,28 @@ def with_another_tokenizer(place):
     trained(["a b c"], 300).save(str(place / "tokenizer.json"))
 
 
-def with_a_damaged_tokenizer(place):
-    (place / "tokenizer.json").write_text("{}")
-
-
 def stating(**pixels):
     """Say beside a checkpoint of images how the values of pixels were normalised."""
     return lambda place: (place / "preprocessor_config.json").write_text(json.dumps(pixels))
-
-
-def unchanged(place):
-    pass
-
-
-IMAGE, HALF = (3, 8, 8), [0.5] * 3
 
 
 @pytest.mark.parametrize(
     ("kind", "shape", "damage", "match"),
     [
         ("bert", TEXT, halved, "cannot be read: .*"),
-        ("bert", TEXT, with_a_damaged_tokenizer, "cannot be read: Model missing"),
+        ("bert", TEXT, lambda place: (place / "tokenizer.json").write_text("{}"), "cannot be read: Model missing"),
         ("bert", TEXT, of_a_pickle, "cannot be read: .*no file named model.safetensors"),
         ("bert", TEXT, without_a_layer, r"lacks 16 of the network's tensors, such as bert.encoder.*: it is incomplete"),
-        (
-            "bert",
-            TEXT,
-            with_another_tokenizer,
-            r"knows 259 tokens, the data set's tokenizer has 60: give --set .*izer=",
-        ),
+        ("bert", TEXT, with_another_tokenizer, "knows 259 tokens, the data set's tokenizer has 60: give --set .*izer="),
         ("vit", IMAGE, stating(image_mean=0.5, image_std=HALF), "cannot be read: .*image_mean"),
         ("vit", IMAGE, stating(image_mean=HALF, image_std=[0.5, 0, 0.5]), "cannot be read: .*image_std"),
         ("vit", IMAGE, stating(image_mean=HALF[1:], image_std=HALF[1:]), "be the means and the stds of 3 channels"),
-        ("bert", (20, 61), unchanged, "knows 60 tokens, the data set's tokenizer has 61: give --set .*tokenizer="),
-        ("bert", (25, 60), unchanged, "takes 24 tokens at most, a text of the data set has up to 25: give .*length=24"),
-        ("roberta", (23, 60), unchanged, "takes 22 tokens at most"),  # the padding's position is not one of a token
-        ("bert", IMAGE, unchanged, "cannot be read: Unrecognized configuration class"),
-        ("vit", TEXT, unchanged, "is a vit, which takes no texts"),
-        ("vit", (3, 9, 9), unchanged, "cannot take inputs of shape"),
+        ("bert", (20, 61), str, "knows 60 tokens, the data set's tokenizer has 61: give --set .*tokenizer="),
+        ("bert", (25, 60), str, "takes 24 tokens at most, a text of the data set has up to 25: give .*length=24"),
+        ("roberta", (23, 60), str, "takes 22 tokens at most"),  # the padding's position is not one of a token
+        ("bert", IMAGE, str, "cannot be read: Unrecognized configuration class"),
+        ("vit", TEXT, str, "is a vit, which takes no texts"),
+        ("vit", (3, 9, 9), str, "cannot take inputs of shape"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_told_in_one_line(saved, tmp_path, kind, shape, damage, match):
@@ -213,26 +191,30 @@ def test_a_checkpoint_that_cannot_be_used_is_told_in_one_line(saved, tmp_path, k
     assert "\n" not in str(error.value)
 
 
-def with_pixels(saved, place, **stated):
-    shutil.copytree(saved("vit"), place)
-    stating(**stated)(place)
-    return place
-
-
-def test_a_frozen_checkpoint_sees_images_normalised_as_those_that_it_was_trained_with(saved, tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (4, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    split = Split.from_tensors(pixels, torch.tensor([0, 1, 2, 0]))
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-    place = with_pixels(saved, tmp_path / "vit", do_normalize=True, image_mean=mean, image_std=std)
+def embedded(place, split):
+    """Return the backbone at a place and its features of all samples of a split."""
     backbone = named_backbone(Model(name=f"transformers:{place}"), Data(split, split), "float32", seed=0)
-    assert (backbone.mean, backbone.std) == (mean, std)
+    n = len(split)
+    return backbone, backbone.embed(split, torch.arange(n), compose(()), torch.zeros(n, 0), torch.device("cpu"))
 
-    each = torch.arange(4)
-    found = backbone.embed(split, each, compose(()), torch.zeros(4, 0), torch.device("cpu"))
+
+@pytest.mark.parametrize("normalised", [True, False, None])
+def test_a_frozen_checkpoint_sees_images_normalised_as_those_that_it_was_trained_with_if_it_says_so(
+    saved, tmp_path, normalised
+):
+    pixels = torch.randint(256, (4, *IMAGE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    split = Split.from_tensors(pixels, torch.tensor([0, 1, 2, 0]))
+    place, stated = tmp_path / "vit", ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    shutil.copytree(saved("vit"), place)
+    if normalised is not None:
+        stating(do_normalize=normalised, image_mean=stated[0], image_std=stated[1])(place)
+    assert build(place, IMAGE).trained_with == (stated if normalised else None)
+    assert build(place, IMAGE, weights=False).trained_with is None
+    backbone, found = embedded(place, split)
+    mean, std = stated if normalised else (split.mean, split.std)
+    assert (backbone.mean, backbone.std) == (mean, std)
     by_hand = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    expected = build(place, (3, 8, 8)).eval().features(by_hand)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, build(place, IMAGE).eval().features(by_hand), rtol=0, atol=1e-5)
 
 
 def test_a_frozen_sentence_transformer_gives_means_of_its_last_states_if_it_says_so(saved, tmp_path):
@@ -244,9 +226,7 @@ def test_a_frozen_sentence_transformer_gives_means_of_its_last_states_if_it_says
         shutil.copytree(saved("bert"), place)
         (place / "1_Pooling").mkdir()
         (place / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_mean_tokens": means}))
-        backbone = named_backbone(Model(name=f"transformers:{place}"), Data(split, split), "float32", seed=0)
-        each = torch.arange(4)
-        found = backbone.embed(split, each, compose(()), torch.zeros(4, 0), torch.device("cpu"))
+        _, found = embedded(place, split)
         model = build(place).eval()
         expected = model.features(x)
         if means:
@@ -257,17 +237,6 @@ def test_a_frozen_sentence_transformer_gives_means_of_its_last_states_if_it_says
     (place / "1_Pooling/config.json").write_text("[]")
     with pytest.raises(UserError, match="cannot be read"):
         build(place)
-
-
-@pytest.mark.parametrize("normalised", [True, False])
-def test_where_nothing_is_known_of_its_pixels_a_checkpoint_sees_images_by_their_own_statistics(
-    saved, tmp_path, normalised
-):
-    place = saved("vit")
-    if not normalised:
-        place = with_pixels(saved, tmp_path / "vit", do_normalize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    assert build(place, (3, 8, 8)).trained_with is None
-    assert build(place, (3, 8, 8), weights=False).trained_with is None
 
 
 @pytest.mark.parametrize("name", ["transformers:", "transformers:/nowhere", "transformers:no-such-model"])

@@ -68,14 +68,6 @@ def test_the_source_is_read_once(tmp_path, monkeypatch, kind, encoded, channels,
     assert split.mean == pytest.approx(pixels.mean(0).tolist()) and split.std == pytest.approx(pixels.std(0).tolist())
 
 
-@pytest.mark.parametrize("kind", ["pixels", "encoded"])
-def test_an_image_of_another_size_at_the_end(tmp_path, monkeypatch, kind):
-    other = samples.encode(samples.pixels(1, 8, 8)[0])
-    with pytest.raises(UserError, match="several sizes, such as 6×5 and 8×8"):
-        opened(tmp_path, [*COLOURS[:-1], other], kind, monkeypatch)
-    assert not (tmp_path / "train.arrow").exists()
-
-
 def test_errors_number_images_across_batches():
     source = Source([*COLOURS[:9], b"no image", *COLOURS[10:]])
     with pytest.raises(UserError, match="image 9 does not decode"):

@@ -30,6 +30,7 @@ COMMON = (
     " --dataset.validation 0 --select.fraction 0.25 --train.epochs 1 --train.batch_size 8 --rows.per_part 16"
     " --rows.batch_size 8 --cluster.workers 0"
 )
+UNAIMED = COMMON.replace("--select.target instructions:few", "")
 LESS = f"{COMMON} --rows.width {WIDTH} --warmup.epochs 2 --warmup.fraction 0.2 --warmup.batch_size 4 --warmup.lr 1e-2"
 RUN = f"instruct --name one {LESS}"
 
@@ -117,10 +118,7 @@ def test_rds_plus_takes_embeddings_of_the_model_as_it_is_built(folder):
 
 
 def test_a_random_baseline_needs_neither_warm_up_nor_rows(folder):
-    ended = effray(
-        f"instruct --name baseline {COMMON.replace('--select.target instructions:few', '')} --select.rule random",
-        folder,
-    )
+    ended = effray(f"instruct --name baseline {UNAIMED} --select.rule random", folder)
     assert ended.code == 0, ended
     run = folder / "runs/instruct/baseline"
     assert not [*run.glob("*.npy")] and len(picked(run)) == 15
@@ -179,14 +177,8 @@ def test_rows_do_not_depend_on_the_number_of_holders(folder, finished, tmp_path)
 
 ERRORS = [
     (f"{LESS} --set model.options.rank=0", "rank = 0"),
-    (
-        f"{LESS} --select.rule gradmatch",
-        "gradmatch selects by the gradients of a classifier's head: give less, rds_plus",
-    ),
-    (
-        COMMON.replace("--select.target instructions:few", "") + " --select.rule rds_plus",
-        "rds_plus needs a target: give",
-    ),
+    (f"{LESS} --select.rule gradmatch", "gradmatch selects by the gradients of a classifier's head: give less"),
+    (f"{UNAIMED} --select.rule rds_plus", "rds_plus needs a target: give"),
     (f"{COMMON} --select.rule random", "random selects for no target: select.target = instructions:"),
     (f"{COMMON} --select.rule rds_plus --rows.width 5", "rows.width = 5 would do nothing: select.rule = rds_plus"),
     (f"{LESS} --rows.width 16000000 --rows.per_part 100000000", "rows.width = 16,000,000: needed is"),

@@ -15,6 +15,8 @@ from raypkg.experiments.train import TrainSettings
 from tiny_language import CHAT, instructions, tiny_language
 
 transformers = pytest.importorskip("transformers")
+TemplateProcessing = pytest.importorskip("tokenizers.processors").TemplateProcessing
+PAIR = {"prompt": "cat", "completion": "dog"}
 MULTI = [
     {"role": "system", "content": "Be short"},
     {"role": "user", "content": "cat?"},
@@ -82,24 +84,20 @@ def test_a_prompt_is_the_users_message_and_its_completion_the_assistants(train, 
     assert pair.batch([0])[0].equal(messages.batch([0])[0])
 
 
-def test_without_a_template_the_completions_own_tokens_and_the_end_are_answered(train, models):
+@pytest.mark.parametrize("begun", [False, True])
+def test_without_a_template_the_completions_own_tokens_and_the_end_are_answered(train, models, tmp_path, begun):
     tokenizer = tokenizer_of(models, "bare")
-    x = train([{"prompt": "What is 1", "completion": "one cat"}], "bare").batch([0])[0][0]
     prompt, completion = (tokenizer.encode(text, add_special_tokens=False) for text in ("What is 1", "one cat"))
+    if begun:  # the token of the beginning comes first
+        tokenizer.bos_token = "<|im_start|>"
+        begin = [("<|im_start|>", tokenizer.bos_token_id)]
+        backend = tokenizer.backend_tokenizer
+        backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=begin)
+        prompt.insert(0, tokenizer.bos_token_id)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    x = train([{"prompt": "What is 1", "completion": "one cat"}], str(tmp_path / "tokenizer")).batch([0])[0][0]
     assert x[0].tolist() == [*prompt, *completion, tokenizer.eos_token_id]
     assert x[1].tolist() == [0] * len(prompt) + [1] * (len(completion) + 1)
-
-
-def test_without_a_template_the_token_of_the_beginning_comes_first(train, models, tmp_path):
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = tokenizer_of(models, "bare")
-    tokenizer.bos_token = "<|im_start|>"
-    begin = [("<|im_start|>", tokenizer.bos_token_id)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=begin)
-    tokenizer.save_pretrained(tmp_path / "begun")
-    x = train([{"prompt": "What", "completion": "cat"}], str(tmp_path / "begun")).batch([0])[0][0]
-    assert (x[0] == tokenizer.bos_token_id).nonzero().tolist() == [[0]] and x[1, 0] == 0
 
 
 def test_a_token_on_the_border_belongs_to_the_answer(train, models, tmp_path):
@@ -119,9 +117,7 @@ def test_sources_are_the_classes_and_a_single_one_is_enough(load, tmp_path, mode
     data = load(rows, source="origin", test=0.2)
     assert data.train.classes == data.test.classes == ("book", "web")
     assert (len(data.train), len(data.test)) == (8, 2)
-    assert load([{key: each[key] for key in ("prompt", "completion")} for each in rows], test=0.2).train.classes == (
-        "all",
-    )
+    assert load([{key: each[key] for key in PAIR} for each in rows], test=0.2).train.classes == ("all",)
 
 
 PAIRS = [{"prompt": f"What is {i}", "completion": f"{i}", "source": "01"[i % 2]} for i in range(10)]
@@ -167,7 +163,6 @@ def test_another_template_gives_other_tokens(train, models, tmp_path):
     assert train(rows, str(place)).batch([0])[0].shape[2] < before.shape[2]
 
 
-PAIR = {"prompt": "cat", "completion": "dog"}
 ONE = [{"role": "user", "content": "cat?"}]
 
 
@@ -181,11 +176,7 @@ ONE = [{"role": "user", "content": "cat?"}]
         ([{"messages": [*ONE, {"role": "assistant"}]}], {}, "a message without a text as its role or its content"),
         ([{"messages": "cat"}], {}, r"column 'messages' of .* is large_string, needed are lists of {role, content}"),
         ([{"messages": MULTI}], {"tokenizer": "bare"}, "bare': it has no chat template, which messages need"),
-        (
-            [PAIR],
-            {"tokenizer": ""},
-            "instructions need the tokenizer of a language model: give --model transformers-lm",
-        ),
+        ([PAIR], {"tokenizer": ""}, "instructions need the tokenizer of a language model: give --model transf"),
         ([PAIR], {"length": 8}, r"sample 0 .* has no answer within the first 8 of its \d+ tokens: raise option length"),
         ([PAIR], {"source": "sorce"}, r"unknown label column of .* 'sorce', did you mean 'source'"),
         ([PAIR | {"source": None}, PAIR | {"source": "a"}], {}, r"sample 0 .* has no source$"),
@@ -204,20 +195,15 @@ def test_errors_are_one_line(load, rows, options, match, monkeypatch):
     [
         ("{{ raise_exception('no chats here') }}", r"sample \d .*: the chat template refuses it: no chats here"),
         ("{{ messages | length }}" + CHAT, "renders the beginning of the chat in another way than the whole"),
+        ("", "it has neither a chat template nor an end token"),
     ],
 )
 def test_templates_of_others_are_checked(train, models, tmp_path, template, match):
-    place = tmp_path / "other"
-    shutil.copytree(models["chat"], place)
-    (place / "chat_template.jinja").write_text(template)
+    tokenizer = tokenizer_of(models, "chat" if template else "bare")
+    tokenizer.chat_template, rows = template or None, [{"messages": MULTI}] if template else [PAIR]
+    if not template:
+        tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match=match) as error:
-        train([{"messages": MULTI}], str(place))
+        train(rows, str(tmp_path / "other"))
     assert "\n" not in str(error.value)
-
-
-def test_a_tokenizer_without_an_end(load, models, tmp_path):
-    tokenizer = tokenizer_of(models, "bare")
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(tmp_path / "endless")
-    with pytest.raises(UserError, match="endless': it has neither a chat template nor an end token"):
-        load([PAIR], str(tmp_path / "endless"))

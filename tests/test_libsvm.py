@@ -27,21 +27,16 @@ def rows(split):
 EXPECTED = [(0, 0, 0, 0, 0), (0, 0, pytest.approx(1e-3), 0, 0), (1, 0, 0, 0, 4), (1, 0.5, 0, -2, 0)]
 
 
-def test_rows_come_back_dense_in_the_order_asked_for(load):
-    data = load(test=0.25)
+@pytest.mark.parametrize(("content", "name"), [(TEXT, "rows.libsvm"), (bz2.compress(TEXT.encode()), "rows.bz2")])
+def test_rows_come_back_dense_in_the_order_asked_for(load, content, name):
+    data = load(content, name, test=0.25)
     assert (data.train.classes, data.train.shape, len(data.train), len(data.test)) == (("-1", "1"), (4,), 3, 1)
     assert sorted(rows(data.train) + rows(data.test)) == EXPECTED
-    split = load(test=0.25).train
-    every = split.batch([0, 1, 2])[0]
-    assert torch.equal(split.batch([2, 0, 2])[0], every[[2, 0, 2]])
+    every = data.train.batch([0, 1, 2])[0]
+    assert torch.equal(data.train.batch([2, 0, 2])[0], every[[2, 0, 2]])
 
 
-def test_packed_files_are_unpacked(load):
-    data = load(bz2.compress(TEXT.encode()), "rows.bz2", test=0.25)
-    assert sorted(rows(data.train) + rows(data.test)) == EXPECTED
-
-
-def test_two_files_share_their_width(load, tmp_path):
+def test_two_files_share_their_width_which_can_be_given(load, tmp_path):
     for name, text in {"train": TEXT, "test": "1 7:1\n"}.items():
         (tmp_path / f"{name}.svm").write_text(text)
     data = load_data(f"libsvm:{tmp_path}", cache=tmp_path / "cache")
@@ -49,9 +44,6 @@ def test_two_files_share_their_width(load, tmp_path):
     (tmp_path / "test.svm").write_text("5 7:1\n")
     with pytest.raises(UserError, match="unknown class of the test rows '5'"):
         load_data(f"libsvm:{tmp_path}", cache=tmp_path / "cache")
-
-
-def test_the_width_can_be_given(load):
     assert load(test=0.25, columns=9).train.shape == (9,)
     with pytest.raises(UserError, match=r"option columns = 3, but .* has column 4"):
         load(columns=3)

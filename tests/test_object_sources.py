@@ -76,20 +76,13 @@ def test_an_object_that_changed_is_imported_again(bucket, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("source", WITH_FILES)
-def test_a_missing_source_is_one_line(source, bucket, tmp_path):
-    if source == "text":
-        pytest.importorskip("tokenizers")
-    with pytest.raises(UserError) as told:
-        load_data(f"{source}:{bucket('nothing/here')}", cache=tmp_path)
-    assert "nothing/here" in str(told.value)
-    assert "\n" not in str(told.value)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_missing_bucket(bucket, tmp_path):
-    uri = bucket("data").replace("//bucket", "//nobodys")
-    with pytest.raises(UserError, match=r"cannot be listed.*NO_SUCH_BUCKET"):
-        load_data(f"parquet:{uri}", cache=tmp_path)
+def test_a_missing_source_or_bucket_is_one_line(source, bucket, tmp_path):
+    for place in (bucket("nothing/here"), bucket("nothing/here").replace("//bucket", "//nobodys")):
+        with pytest.raises(
+            UserError, match=r"nothing/here.* (does not exist|cannot be listed: .*NO_SUCH_BUCKET)"
+        ) as told:
+            load_data(f"{source}:{place}", cache=tmp_path)
+        assert "\n" not in str(told.value) and not list(tmp_path.iterdir())
 
 
 class Between(http.server.BaseHTTPRequestHandler):
@@ -162,20 +155,13 @@ def test_only_what_is_needed_is_fetched(between, port, bucket, tmp_path):
     assert between.bytes < stored / 10
 
 
-@pytest.fixture
-def refusing(between, port, bucket):
-    """The URI of a server that denies every request."""
+def test_a_denied_bucket_is_refused_without_its_key(between, port, bucket, tmp_path):
     between.denying = True
-    return through(between, bucket("data"), port)
-
-
-def test_a_denied_bucket_is_refused_without_its_key(refusing, tmp_path):
-    with pytest.raises(UserError, match=r"cannot be listed.*ACCESS_DENIED"):
-        load_data(f"parquet:{refusing}", cache=tmp_path)
-    secret = refusing.replace("//bucket", "//KEY:SECRET@bucket")
-    with pytest.raises(UserError) as told:
-        load_data(f"parquet:{secret}", cache=tmp_path)
-    assert "SECRET" not in str(told.value)
+    refusing = through(between, bucket("data"), port)
+    for uri in (refusing, refusing.replace("//bucket", "//KEY:SECRET@bucket")):
+        with pytest.raises(UserError, match=r"cannot be listed.*ACCESS_DENIED") as told:
+            load_data(f"parquet:{uri}", cache=tmp_path)
+        assert "SECRET" not in str(told.value)
 
 
 @pytest.mark.parametrize("where", ["bucket", "folder"])
@@ -223,8 +209,5 @@ def test_a_copy_elsewhere_by_another_clock_is_the_same_data(tmp_path, monkeypatc
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     for file in (tmp_path / "there").iterdir():
         os.utime(file, (0, 0))
-    digests = [
-        open_samples(RunSettings(dataset={"name": each})).digest(Dataset(name=each))
-        for each in (name, f"parquet:{tmp_path}/there")
-    ]
-    assert digests[0] == digests[1]
+    names = (name, f"parquet:{tmp_path}/there")
+    assert len({open_samples(RunSettings(dataset={"name": e})).digest(Dataset(name=e)) for e in names}) == 1

@@ -1,7 +1,6 @@
 """Samples that are read by blocks from where they lie: the same values, an order that needs few blocks, copies."""
 
 import gc
-import logging
 import pickle
 import shutil
 import weakref
@@ -106,13 +105,11 @@ def test_regimes(source, tmp_path, monkeypatch, regime):
 
 def test_each_sample_once_an_epoch_in_even_batches():
     of = torch.arange(1000) // 37
-    batches = shuffled_by_blocks(of, 5, 64, seed=3, epoch=2)
+    batches, again = (shuffled_by_blocks(of, 5, 64, seed=3, epoch=2) for _ in range(2))
     assert torch.cat(batches).sort().values.tolist() == list(range(1000))
     assert {len(batch) for batch in batches} == {62, 63}
-    again = shuffled_by_blocks(of, 5, 64, seed=3, epoch=2)
-    other = shuffled_by_blocks(of, 5, 64, seed=3, epoch=3)
     assert all(torch.equal(a, b) for a, b in zip(batches, again, strict=True))
-    assert not torch.equal(torch.cat(batches), torch.cat(other))
+    assert not torch.equal(torch.cat(batches), torch.cat(shuffled_by_blocks(of, 5, 64, seed=3, epoch=3)))
 
 
 def test_a_batch_draws_from_the_blocks_of_the_window():
@@ -125,8 +122,7 @@ def test_a_batch_draws_from_the_blocks_of_the_window():
     for block in range(40):
         steps = torch.tensor([block in drawn for drawn in drawn_from]).nonzero()[:, 0]
         gaps = (steps.roll(-1) - steps).remainder(len(batches))  # the epoch's end is followed by its beginning
-        life = len(batches) - int(gaps.max())
-        assert life <= window * len(batches) / 40 + 1
+        assert len(batches) - int(gaps.max()) <= window * len(batches) / 40 + 1
 
 
 def test_a_window_of_all_blocks_shuffles_everything():
@@ -136,14 +132,18 @@ def test_a_window_of_all_blocks_shuffles_everything():
     assert (places - 299.5).abs().max() < 4 * 600 / 12**0.5 / 10  # four standard errors
 
 
-def test_a_worker_reads_few_blocks():
+def test_a_worker_reads_few_blocks_and_holds_its_share_of_the_window(split):
     of = torch.arange(64 * 100) // 100
-    batches = shuffled_by_blocks(of, 32, 128, seed=0, epoch=0)
     read = [set() for _ in range(4)]
-    for batch in batches:
+    for batch in shuffled_by_blocks(of, 32, 128, seed=0, epoch=0):
         for rank, part in enumerate(batch.tensor_split(4)):
             read[rank] |= set(of[part].tolist())
     assert sum(map(len, read)) < 2.5 * 64  # 4 * 64 without the order within the batch
+    held = []
+    blocks = replace(split.blocks, of=torch.arange(1000), window=64, hold=held.append)
+    for world in (1, 4):
+        blocks.hold_for(torch.arange(1000), batch_size=10, ahead=9, world=world)
+    assert held == [64 + 90 + 16, 16 + 90 + 16]
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(split):
@@ -159,23 +159,18 @@ def test_batches_do_not_depend_on_the_number_of_workers(split):
     assert torch.cat([batch.indices for batch in alone]).sort().values.tolist() == list(range(N))
 
 
-def store_of(split):
-    """The open store that a split reads."""
-    return split.take.args[0] if isinstance(split.take, partial) else split.take.__self__
-
-
-def test_a_worker_holds_its_share_of_the_window(split):
-    held = []
-    blocks = replace(split.blocks, of=torch.arange(1000), window=64, hold=held.append)
-    for world in (1, 4):
-        blocks.hold_for(torch.arange(1000), batch_size=10, ahead=9, world=world)
-    assert held == [64 + 90 + 16, 16 + 90 + 16]
-
-
 # Copies
 
 
-def test_copies_are_the_same_and_leave_no_file(source, split, stream, tmp_path):
+def test_copies_are_the_same_and_leave_no_file(source, split, stream, tmp_path, monkeypatch):
+    """Their file never has a name, so the disk space is freed however the process ends."""
+    write = streamed.write_batches
+
+    def looked_at(*arguments):
+        assert not list(stream.cache.iterdir())
+        write(*arguments)
+
+    monkeypatch.setattr(streamed, "write_batches", looked_at)
     local = load_data(source, cache=tmp_path / "local").train
     some = torch.tensor([7, 3, 99, 50])
     here = at_hand(split, some)
@@ -188,24 +183,9 @@ def test_copies_are_the_same_and_leave_no_file(source, split, stream, tmp_path):
 
 
 def test_a_disk_too_small_for_a_copy(split, monkeypatch):
-    def nearly_full(_):
-        return shutil._ntuple_diskusage(1000, 999, 1)
-
-    monkeypatch.setattr(shutil, "disk_usage", nearly_full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 999, 1))
     with pytest.raises(UserError, match=r"has 0.0 GB of room, a copy of 2 samples takes .* EFFRAY_CACHE"):
         at_hand(split, torch.tensor([1, 2]))
-
-
-def test_a_killed_copy_leaves_no_file(split, stream, monkeypatch):
-    """Its file never has a name, so the disk space is freed however the process ends."""
-    write = streamed.write_batches
-
-    def looked_at(*arguments):
-        assert not list(stream.cache.iterdir())
-        write(*arguments)
-
-    monkeypatch.setattr(streamed, "write_batches", looked_at)
-    at_hand(split, torch.tensor([1, 2]))
 
 
 def test_a_window_beyond_the_memory_is_refused(split, monkeypatch):
@@ -217,7 +197,9 @@ def test_a_window_beyond_the_memory_is_refused(split, monkeypatch):
 def test_held_blocks_are_freed_with_their_split(source, stream):
     split = load_data(source, cache=stream).train
     split.batch([1])
-    held = weakref.ref(store_of(split)._blocks)
+    store = split.take.args[0] if isinstance(split.take, partial) else split.take.__self__
+    held = weakref.ref(store._blocks)
+    del store
     gc.disable()  # blocks are large: they are not to wait for it
     try:
         del split
@@ -254,16 +236,6 @@ def test_a_hook_cannot_choose_samples_that_were_not_copied(split):
     run.coreset = Coreset.uniform(torch.arange(5, 15))
     with pytest.raises(UserError, match="samples outside the given coreset"):
         run.batches()
-
-
-def test_a_truncated_part_is_rebuilt_with_a_warning(source, stream, caplog, tmp_path):
-    load_data(source, cache=stream)
-    for file in (tmp_path / "stores").glob("*/*.blocks"):
-        file.write_bytes(file.read_bytes()[:-9])
-    with caplog.at_level(logging.WARNING):
-        again = load_data(source, cache=stream)
-    assert "is damaged and is built again" in caplog.text
-    same(load_data(source, cache=tmp_path / "local").train, again.train)
 
 
 @pytest.mark.parametrize("place", [0, 0.5, 1])

@@ -1,4 +1,4 @@
-"""Data sources, one file each, and the Split that they all return."""
+"""Data sources by name, and the Split that they all return."""
 
 import inspect
 from collections.abc import Mapping

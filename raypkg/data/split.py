@@ -116,13 +116,11 @@ class Split:
         labels = as_array(y)
         are_images = samples.ndim == 4 and samples.dtype == np.uint8
         are_rows = samples.ndim == 2 and samples.dtype.kind == "f"
-        if not (are_images or are_rows):
+        if not (are_images or are_rows) or not samples.size:
             given = f"{samples.dtype} {list(samples.shape)}"
-            raise UserError(f"x is {given}, needed is uint8 [n, C, H, W] or float [n, D]")
+            raise UserError(f"x is {given}, needed is uint8 [n, C, H, W] or float [n, D], not empty")
         if labels.dtype.kind not in "iu" or labels.shape != samples.shape[:1]:
             raise UserError(f"y is {labels.dtype} {list(labels.shape)}, needed are integers [{len(samples)}]")
-        if not samples.size:
-            raise UserError(f"x is empty: {list(samples.shape)}")
 
         if classes is None:
             present = np.unique(labels).tolist()

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 STORED = np.dtype(np.int32)  # of tokens and segments
-LARGEST = np.iinfo(STORED).max  # V
 BEGIN = "[CLS]"
 END = "[SEP]"
 SPECIAL = ["[PAD]", BEGIN, END]
@@ -80,8 +79,6 @@ def pretrained_at(name: str) -> PreTrainedTokenizerFast:
         raise UserError(f"option tokenizer = {name!r}: a {type(found).__name__} has no fast form (tokenizer.json)")
     if tokenizer.get_vocab_size() <= len(tokenizer.get_added_tokens_decoder()):  # created for a folder without one
         raise UserError(f"option tokenizer = {name!r}: no tokenizer is there, or one of special tokens alone")
-    if (size := vocabulary_of(tokenizer)) > LARGEST:
-        raise UserError(f"option tokenizer = {name!r}: a token has the number {size - 1}, the largest is {LARGEST - 1}")
     rules = tokenizer.normalizer.__getstate__() if tokenizer.normalizer else b""
     factors = re.findall(rb'"(?:content|prepend)":"((?:[^"\\]|\\.)+)"', rules)  # texts put in place of others
     if (growth := prod(map(len, factors))) > MOST_GROWTH:

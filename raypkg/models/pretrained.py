@@ -51,9 +51,7 @@ def torchvision(shape: Shape, num_classes: int, *, variant: str = "", weights: s
     names = models.list_models(module=models)
     if variant not in names:
         raise unknown("torchvision model", variant, names)
-    channels, _, _ = image_shape(shape, least=1)
-    if channels != 3:
-        raise UserError(f"input shape {shape}: the models of torchvision take 3 channels")
+    image_shape(shape, least=1)
     if not weights:
         plain = {"aux_logits": False, "init_weights": True} if variant in AUXILIARY else {}
         return models.get_model(variant, weights=None, num_classes=num_classes, **plain)

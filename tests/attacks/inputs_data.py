@@ -13,6 +13,7 @@ from attacks.cases import cases
 IMAGES = [samples.encode(image) for image in samples.pixels(6)]
 LABELS = [0, 1, 2, 0, 1, 2]
 WIDE, TIFF = (samples.encode(np.full((6, 5, 1), 70_000, kind), "TIFF") for kind in (np.int32, np.float32))
+BOMB = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\x7f\xff\xff\xff" * 2 + b"\x08\x02" + b"\0" * 43
 LARGE = samples.encode(np.zeros((10_000, 10_000, 1), np.uint8))  # more than Pillow decodes without a warning
 
 SOURCES = cases(
@@ -84,10 +85,7 @@ TEXTS = cases(
     "data text:mine.jsonl",
     {
         "a text that is not UTF-8": (b'{"text": "a\xff", "label": 0}\n', "mine.jsonl' cannot be read: … Invalid UTF8"),
-        "a label that is not UTF-8": (
-            b'{"text": "a", "label": "\xff"}\n',
-            "mine.jsonl' cannot be read: … Invalid UTF8",
-        ),
+        "a label that is not UTF-8": (b'{"text": "a", "label": "\xff"}\n', "mine.jsonl' cannot be read: … Invalid"),
         "values nested deeper than a stack": (
             '{"text": "[[", "label": 0, "z": ' + '{"a":' * 20_000 + "1" + "}" * 20_001 + "\n",
             "mine.jsonl' has values nested more than 32 deep",
@@ -111,9 +109,8 @@ OPTIONS = cases(
     },
 )
 
-PACKED = cases(
-    "packed sparse rows", "data libsvm:mine.bz2", {"cut short": (b"BZh91AY&SY\x00\x01", "mine.bz2")}, into="mine.bz2"
-)
+CUT = {"cut short": (b"BZh91AY&SY\x00\x01", "mine.bz2")}
+PACKED = cases("packed sparse rows", "data libsvm:mine.bz2", CUT, into="mine.bz2")
 
 
 def write_images(folder: Path, columns: dict[str, Any]) -> None:
@@ -162,16 +159,10 @@ FOLDERS = cases(
     {
         "an empty image": (("0.png", b""), "0.png does not decode"),
         "a large image": (("0.png", LARGE), "0.png is too large to decode … 100000000 pixels … EFFRAY_MEMORY raises"),
-        "a format that runs a program": (
-            ("0.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
-            "0.png does not",
-        ),
+        "a format that runs a program": (("0.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "0.png does"),
         "pixels of 32 bits": (("0.png", WIDE), "0.png does not decode … its pixels are not of 8 or 16 bits"),
         "a class that leads nowhere": (("../owl", b""), "images/train/owl' is no folder: a link that leads nowhere"),
-        "a bomb": (
-            ("0.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\x7f\xff\xff\xff\x7f\xff\xff\xff\x08\x02" + b"\0" * 43),
-            "0.png",
-        ),
+        "a bomb": (("0.png", BOMB), "0.png"),
     },
     make=write_image,
 )

@@ -116,14 +116,8 @@ def noting(metadata):
         (column([1, 2**24 + 1]), "column 'a' of .*rows.parquet' holds 16777217, which float32 rounds"),
         (column([[1], [2]]), r"column 'a' of .* is list<.*>, needed are numbers"),
         (pa.table({"label": [0, 1]}), "has 2 rows and 0 columns besides 'label'"),
-        (
-            column([1.0, 2.0]).set_column(1, "label", [["a" * 1001, "b"]]),
-            "label' .* is longer than 1,000 bytes in row 0",
-        ),
-        (
-            noting({"classes": ["0", "1", "0"]}),
-            "metadata 'effray' of .*rows.parquet': classes = .*: has two classes '0'",
-        ),
+        (column([1.0, 2.0]).set_column(1, "label", [["a" * 1001, "b"]]), "label' .* longer than 1,000 bytes in row 0"),
+        (noting({"classes": ["0", "1", "0"]}), "metadata 'effray' of .*': classes = .*: has two classes '0'"),
         (noting("[" * 50_000), "metadata 'effray' of .*rows.parquet': .*invalid JSON"),
         *(
             (pa.table({"a": [1.0, 2.0], "label": labels}), "label' of .* is .*, needed are numbers or texts in UTF-8")
@@ -188,19 +182,12 @@ def test_a_path_that_is_not_utf8(kind):
         load_data(f"{kind}:\udcff.csv")
 
 
-def test_an_image_whose_name_is_not_utf8_is_an_image(folder, load_folder):
-    os.rename(folder / "train/cat/000.png", os.fsencode(folder / "train/cat") + b"/\xff.png")
-    assert len(load_folder().train) == 6
-
-
 REPEATED = pa.DictionaryArray.from_arrays(np.zeros(3000, np.int32), ["a" * 1000])  # 3 MB that take some bytes on disk
 NUMBERS = pa.array(np.arange(3000) % 2)
+VECTORS = pa.array([[0.0] * 100] * 3000, pa.list_(pa.float32(), 100))
 BOMBS = {
     "numbers.parquet": ("table", pa.table({"a": np.zeros(100_000), "label": np.zeros(100_000)})),
-    "vectors.parquet": (
-        "table",
-        pa.table({"a": pa.array([[0.0] * 100] * 3000, pa.list_(pa.float32(), 100)), "label": NUMBERS}),
-    ),
+    "vectors.parquet": ("table", pa.table({"a": VECTORS, "label": NUMBERS})),
     "names.parquet": ("table", pa.table({"a": NUMBERS, "label": REPEATED})),
     "texts.parquet": ("text", pa.table({"text": REPEATED, "label": NUMBERS})),
     "rows.csv": ("table", "a,label\n" + "1,1\n" * 300_000),
@@ -224,9 +211,7 @@ def test_more_than_the_limit_of_memory_is_refused_before_it_is_read(tmp_path, ca
         pq.write_table(content, file, compression="zstd", store_schema=name == "vectors.parquet")
     if kind == "parquet":
         samples.write_parquet(tmp_path / "test.parquet", [b"a"], [0])
-    with pytest.raises(
-        UserError, match=rf"{name}'.*: 0\.\d+ GiB of memory when read, the limit is 0\.001 GiB: EFFRAY_M"
-    ):
+    with pytest.raises(UserError, match=rf"{name}'.*: 0\.\d+ GiB of memory when read, the limit is 0\.001 GiB"):
         load_data(f"{kind}:{tmp_path if kind == 'parquet' else file}", cache=cache)
     assert not stores(cache)
 
@@ -245,16 +230,13 @@ def test_a_file_that_is_larger_than_any_image(folder, load_folder):
         load_folder()
 
 
-def test_a_folder_named_like_an_image_is_a_folder(folder, load_folder):
-    inner = folder / "train" / "cat" / "more.png"
+def test_unusual_names_and_links_in_a_folder(folder, load_folder):
+    inner = folder / "train/cat/more.png"  # a folder that is named like an image
     inner.mkdir()
     (inner / "a.png").write_bytes(samples.encode(samples.pixels(1)[0]))
+    (folder / "train/cat/up").symlink_to(folder)  # no endless way
+    os.rename(folder / "train/cat/000.png", os.fsencode(folder / "train/cat") + b"/\xff.png")  # not UTF-8
     assert len(load_folder().train) == 7
-
-
-def test_links_between_folders_are_no_endless_way(folder, load_folder):
-    (folder / "train" / "cat" / "up").symlink_to(folder)
-    assert len(load_folder().train) == 6
 
 
 def test_an_image_that_may_not_be_read(folder, load_folder, monkeypatch):

@@ -16,9 +16,8 @@ import samples
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data.coreset import Coreset
-from raypkg.data.sources import libsvm
 from raypkg.data.sources.image_files import ImageTable
-from raypkg.data.sources.table import RowTable
+from raypkg.data.sources.table import RowTable, read_sparse
 from raypkg.data.split import Split
 from raypkg.data.store.images import decode_all, surveyed
 from raypkg.experiments.coreset_files import load_coreset, save_coreset
@@ -91,7 +90,7 @@ row = st.tuples(st.integers(-3, 3), st.lists(entry, unique_by=lambda entry: entr
 @given((st.lists(line, max_size=5).map("\n".join) | st.text(max_size=60)).map(encoded) | damaged(LIBSVM))
 def test_libsvm_of_any_text_or_damage(folder, content):
     with one_line_at_most():
-        labels, rows = libsvm.read(written(folder, "rows.libsvm", content))
+        labels, rows = read_sparse(written(folder, "rows.libsvm", content))
         assert len(labels) == len(rows) > 0
         assert all(np.isfinite(row["value"]).all() and (row["column"] >= 0).all() for row in rows)
 
@@ -100,7 +99,7 @@ def test_libsvm_of_any_text_or_damage(folder, content):
 @given(st.lists(row, min_size=1, max_size=6))
 def test_libsvm_that_is_right_is_read_right(folder, rows):
     lines = [f"{label} " + " ".join(f"{c}:{v!r}" for c, v in sorted(entries)) for label, entries in rows]
-    labels, found_rows = libsvm.read(written(folder, "rows.libsvm", "\n".join(lines).encode()))
+    labels, found_rows = read_sparse(written(folder, "rows.libsvm", "\n".join(lines).encode()))
     assert labels == [str(label) for label, _ in rows]
     for found, (_, entries) in zip(found_rows, rows, strict=True):
         assert [(int(c) + 1, float(v)) for c, v in found.tolist()] == sorted(entries)
@@ -108,17 +107,16 @@ def test_libsvm_that_is_right_is_read_right(folder, rows):
 
 def read_rows(file):
     """Read a table as its store is built from it."""
-    table = RowTable(file, "label")
-    assert len(set(table.columns)) == len(table.columns) > 0
-    for block in table.blocks(np.arange(len(table)), table.classes):
-        assert np.isfinite(block.x).all() and block.x.shape[1] == len(table.columns)
-        assert ((block.y >= 0) & (block.y < len(table.classes))).all()
+    with one_line_at_most():
+        table = RowTable(file, "label")
+        assert len(set(table.columns)) == len(table.columns) > 0
+        for block in table.blocks(np.arange(len(table)), table.classes):
+            assert np.isfinite(block.x).all() and block.x.shape[1] == len(table.columns)
+            assert ((block.y >= 0) & (block.y < len(table.classes))).all()
 
 
 cell = st.text('0123456789.-+eNaif"\r', max_size=5) | st.text(max_size=4) | st.sampled_from(["NaN", "inf", "1e300", ""])
 CSV = b"a,b,label\n1,2.5,cat\n-3,1e10,dog\n\n0,0.125,cat\n"
-
-
 csv_lines = st.lists(st.lists(cell, min_size=1, max_size=3).map(",".join), max_size=5)
 csv_text = csv_lines.map(lambda lines: "\n".join(["a,label", *lines]))
 
@@ -126,46 +124,48 @@ csv_text = csv_lines.map(lambda lines: "\n".join(["a,label", *lines]))
 @settings(fuzzed, max_examples=400)
 @given(csv_text.map(encoded) | st.binary(max_size=80) | damaged(CSV))
 def test_csv_of_any_text_bytes_or_damage(folder, content):
-    with one_line_at_most():
-        read_rows(written(folder, "rows.csv", content))
-
-
-@pytest.fixture(scope="module")
-def table_bytes(folder):
-    table = pa.table({"a": np.arange(20.0), "b": np.arange(20), "label": ["cat", "dog"] * 10})
-    pq.write_table(table, folder / "good.parquet")
-    return (folder / "good.parquet").read_bytes()
-
-
-@fuzzed
-@given(st.data())
-def test_a_table_of_parquet_that_is_damaged(folder, table_bytes, data):
-    with one_line_at_most():
-        read_rows(written(folder, "rows.parquet", data.draw(damaged(table_bytes))))
+    read_rows(written(folder, "rows.csv", content))
 
 
 def read_images(file):
     """Read images as their store is built from them."""
-    table = ImageTable([file], "")
-    if not table.length:
-        return
-    assert table.classes
-    for _, images, y, shape in surveyed(table, size=4):
-        assert decode_all(images, shape, table.name).shape == (len(y), 4, 4, shape[0])
+    with one_line_at_most():
+        table = ImageTable([file], "")
+        assert not table.length or table.classes
+        for _, images, y, shape in surveyed(table, size=4):
+            assert decode_all(images, shape, table.name).shape == (len(y), 4, 4, shape[0])
+
+
+def read_coreset(file):
+    with one_line_at_most():
+        coreset = load_coreset(str(file), eight_samples(), Dataset())
+        assert set(coreset.indices.tolist()) <= set(range(1, 8))
+        assert (coreset.weights >= 0).all() and coreset.weights.isfinite().all()
+
+
+def eight_samples():
+    split = Split.from_tensors(torch.zeros(8, 1), torch.arange(8) % 2)
+    return Samples.all_of(split)._replace(held_out=torch.tensor([0]))
 
 
 @pytest.fixture(scope="module")
-def image_bytes(folder):
+def parquet(folder):
+    """The bytes of a table, of images and of a coreset."""
+    table = pa.table({"a": np.arange(20.0), "b": np.arange(20), "label": ["cat", "dog"] * 10})
+    pq.write_table(table, folder / "good.parquet")
     images = [samples.encode(image) for image in samples.pixels(3)]
-    samples.write_parquet(folder / "good_images.parquet", images, [0, 1, 2])
-    return (folder / "good_images.parquet").read_bytes()
+    samples.write_parquet(folder / "images.parquet", images, [0, 1, 2])
+    coreset = Coreset(torch.tensor([5, 1, 3]), torch.tensor([1.0, 2.0, 0.5]))
+    save_coreset(Storage(str(folder)), coreset, eight_samples(), RunSettings(), {"seed": 0})
+    files = {read_rows: "good.parquet", read_images: "images.parquet", read_coreset: "coreset.parquet"}
+    return {read: (folder / name).read_bytes() for read, name in files.items()}
 
 
+@pytest.mark.parametrize("read", [read_rows, read_images, read_coreset])
 @fuzzed
 @given(st.data())
-def test_images_in_parquet_that_is_damaged(folder, image_bytes, data):
-    with one_line_at_most():
-        read_images(written(folder, "images.parquet", data.draw(damaged(image_bytes))))
+def test_parquet_that_is_damaged(folder, parquet, read, data):
+    read(written(folder, "damaged.parquet", data.draw(damaged(parquet[read]))))
 
 
 keys = st.sampled_from(["info", "features", "label", "names", "_type"])
@@ -201,28 +201,6 @@ def test_images_that_are_damaged(kind, data):
             assert decode_all([content], (3, 8, 8), str).shape == (1, 8, 8, 3)
         except UserError as error:
             assert "does not decode" in str(error)
-
-
-def eight_samples():
-    split = Split.from_tensors(torch.zeros(8, 1), torch.arange(8) % 2)
-    return Samples.all_of(split)._replace(held_out=torch.tensor([0]))
-
-
-@pytest.fixture(scope="module")
-def coreset_bytes(folder):
-    coreset = Coreset(torch.tensor([5, 1, 3]), torch.tensor([1.0, 2.0, 0.5]))
-    save_coreset(Storage(str(folder)), coreset, eight_samples(), RunSettings(), {"seed": 0})
-    return (folder / "coreset.parquet").read_bytes()
-
-
-@fuzzed
-@given(st.data())
-def test_a_coreset_file_that_is_damaged(folder, coreset_bytes, data):
-    file = written(folder, "damaged.parquet", data.draw(damaged(coreset_bytes)))
-    with one_line_at_most():
-        coreset = load_coreset(str(file), eight_samples(), Dataset())
-        assert set(coreset.indices.tolist()) <= set(range(1, 8))
-        assert (coreset.weights >= 0).all() and coreset.weights.isfinite().all()
 
 
 DTYPES = st.sampled_from([torch.int64, torch.int32, torch.float32, torch.float64, torch.bool])

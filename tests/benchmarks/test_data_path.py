@@ -123,9 +123,8 @@ def jpeg_store(folder):
 
 
 def row_store(folder):
-    return stored(
-        folder / "rows", Header("rows", (64,), TEN), np.random.default_rng(0).random((40_000, 64), np.float32)
-    )
+    rows = np.random.default_rng(0).random((40_000, 64), np.float32)
+    return stored(folder / "rows", Header("rows", (64,), TEN), rows)
 
 
 CASES = [  # store, model, samples a step
@@ -160,17 +159,15 @@ def test_training_waits(tmp_path, monkeypatch, what, store, name, batch, number)
             cost = run.cost
             rounds.append((cost.waited / cost.seconds, loading, len(split) / cost.seconds))
     waited, loading, training = (median(values) for values in zip(*rounds, strict=True))
-    print(
-        f"\n{what:<20}{name:<22}{number} threads: loads {loading:>9,.0f}/s, trains {training:>9,.1f}/s,"
-        f" waits {waited:6.2%}"
-    )
+    speeds = f"loads {loading:>9,.0f}/s, trains {training:>9,.1f}/s, waits {waited:6.2%}"
+    print(f"\n{what:<20}{name:<22}{number} threads: {speeds}")
 
 
 def test_importing_cifar10(real_data, tmp_path):
     """CPU seconds on one thread: the import, and Pillow's reading of the same images one by one, in turn."""
     source = real_data / "cifar10"
-    files = {file: pq.read_table(file) for file in sorted(source.rglob("*.parquet"))}
-    encoded = [row["bytes"] for table in files.values() for row in table["img"].to_pylist()]
+    tables = [pq.read_table(file) for file in sorted(source.rglob("*.parquet"))]
+    encoded = [row["bytes"] for table in tables for row in table["img"].to_pylist()]
     found = []
     for number in range(5):
         times = [time.process_time()]
@@ -180,7 +177,6 @@ def test_importing_cifar10(real_data, tmp_path):
         for image in encoded:
             with Image.open(io.BytesIO(image)) as opened:
                 np.asarray(opened)
-        times.append(time.process_time())
-        found.append(np.diff(times))
+        found.append(np.diff([*times, time.process_time()]))
     ours, pillow = np.median(found, axis=0)
     print(f"\nCIFAR-10: import {ours:.1f} s, Pillow alone {pillow:.1f} s: {ours / pillow:.2f}")

@@ -37,10 +37,8 @@ def test_metrics_are_those_of_their_definitions():
         f1.append(2 * right / ((labels == c).sum() + (y == c).sum()).item())
     for k in range(15):
         inside = (best > k / 15) & (best <= (k + 1) / 15)
-        if inside.any():
-            error += (
-                abs((labels[inside] == y[inside]).double().mean() - best[inside].mean()).item() * inside.sum() / 200
-            )
+        gap = (labels[inside] == y[inside]).double().sum() - best[inside].sum()
+        error += abs(gap).item() / 200
     assert found.accuracy == pytest.approx((labels == y).double().mean().item())
     assert found.macro_f1 == pytest.approx(sum(f1) / 4)
     assert found.calibration == pytest.approx(float(error))
@@ -92,9 +90,7 @@ def test_predict_images_by_file_or_folder(effray, refusal):
     assert [(row["input"], row["label"]) for row in predictions()] == [("strange/\\xfe.png", found[0]["label"])]
     Path("empty").mkdir()
     Path("broken.png").write_bytes(b"\x89PNG no")
-    for source, problem in (
-        ("broken.png", "broken.png"), ("none", "'none' does not exist"), ("empty", "holds no images")
-    ):  # fmt: skip
+    for source, problem in {"broken.png": "broken.png", "none": "does not exist", "empty": "holds no images"}.items():
         assert problem in refusal(f"predict one {source}")
     assert "unknown format of predictions '.txt'" in refusal("predict one set --out out.txt")
 
@@ -127,9 +123,8 @@ def test_predict_rows_without_labels_in_any_order_of_columns(effray, refusal):
 
 
 def test_predict_texts(effray, refusal):
-    Path("a.tsv").write_text(
-        "text\tlabel\n" + "".join(f"{'good' if i % 2 else 'bad'} film {i}\t{i % 2}\n" for i in range(40))
-    )
+    rows = "".join(f"{'good' if i % 2 else 'bad'} film {i}\t{i % 2}\n" for i in range(40))
+    Path("a.tsv").write_text(f"text\tlabel\n{rows}")
     effray(f"train --name one --dataset text:a.tsv --model transformer {PLAIN}")
     lines = ["a good film", "bad, bad film"]
     Path("new.txt").write_text("\n".join(lines))

@@ -67,9 +67,8 @@ def test_a_model_of_pairs_refuses_single_texts_and_is_opened_once(effray, refusa
     Path("new.csv").write_text("premise,hypothesis\nso,a good film\n")
     effray("predict one new.csv")
     opened = []
-    monkeypatch.setattr(
-        "raypkg.data.opening.open_data", lambda chosen, *more: opened.append(chosen) or open_data(chosen, *more)
-    )
+    opens = lambda chosen, *more: opened.append(chosen) or open_data(chosen, *more)  # noqa: E731
+    monkeypatch.setattr("raypkg.data.opening.open_data", opens)
     monkeypatch.setattr("raypkg.experiments.prediction.open_data", lambda *given: pytest.fail("opened again"))
     effray("evaluate one")
     assert [type(chosen) for chosen in opened] == [Dataset]

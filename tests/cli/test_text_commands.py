@@ -11,6 +11,7 @@ import raypkg
 from exported import probabilities
 from raypkg.core.errors import UserError
 from raypkg.data.kinds import TEXTS
+from raypkg.data.tokenizer import trained
 
 pytest.importorskip("tokenizers")
 SNLI = "--preset snli --set dataset.options.length=128 --set dataset.options.unlabelled=true"
@@ -36,21 +37,14 @@ def pairs(tmp_path):
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def checkpoint(tmp_path, monkeypatch):
     """A folder in the format of Hugging Face: a random network and its own tokenizer."""
     transformers = pytest.importorskip("transformers")
-    from raypkg.data.tokenizer import trained
-
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tokenizer = trained(WORDS * 3, 300)
     folder = tmp_path / "checkpoint"
-    config = transformers.BertConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
-    )
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.BertConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=32, **small)
     torch.manual_seed(0)
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]")
@@ -82,8 +76,13 @@ def test_a_trained_model_predicts_texts(effray, pairs, tmp_path, monkeypatch):
         model.predict(x.float())
 
 
-def test_texts_are_cut_into_the_tokens_of_the_model(effray, pairs, checkpoint, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_texts_are_cut_into_the_tokens_of_the_model_up_to_its_positions_and_exported(
+    effray, refusal, pairs, checkpoint
+):
+    transformers = pytest.importorskip("transformers")
+    assert "give --set dataset.options.length=32" in refusal(
+        f"train --dataset {pairs} --model transformers:./checkpoint"
+    )
     effray(f"train --name one --dataset {pairs} --model transformers:./checkpoint --set dataset.options.length=24 "
            "--train.epochs 1 --train.decay matrices --train.clip 1 --train.schedule linear")  # fmt: skip
     stored = Path("runs/train/one/config.toml").read_text()
@@ -91,11 +90,16 @@ def test_texts_are_cut_into_the_tokens_of_the_model(effray, pairs, checkpoint, m
     split = raypkg.load_data(pairs, {"tokenizer": str(checkpoint), "length": 24}).train
     assert split.shape == (24, 300) and TEXTS.fits(split.batch([0])[0], split.shape)
 
-
-def test_a_text_beyond_the_models_positions_is_refused_with_the_option(refusal, pairs, checkpoint, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    line = refusal(f"train --dataset {pairs} --model transformers:./checkpoint")
-    assert "give --set dataset.options.length=32" in line
+    effray("export one --to transformers")
+    network = transformers.AutoModelForSequenceClassification.from_pretrained("one-transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("one-transformers")
+    firsts, seconds, _ = zip(*(line.split(",") for line in lines(8, 3)), strict=True)
+    tokens = tokenizer(list(firsts), list(seconds), padding=True, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        found = network(**tokens).logits.softmax(1)
+    expected = raypkg.load_model("one").predict([*zip(firsts, seconds, strict=True)])
+    torch.testing.assert_close(found, expected.probabilities, rtol=1e-5, atol=1e-5)
+    assert [network.config.id2label[label] for label in found.argmax(1).tolist()] == expected.names
 
 
 def test_the_papers_settings_for_snli_are_settings(effray, pairs):
@@ -141,21 +145,3 @@ def test_a_graph_of_texts_takes_any_length(effray, pairs):
         found, _ = probabilities("one-onnx/README.md", some)
         torch.testing.assert_close(found, raypkg.load_model("one").predict(some).probabilities, rtol=1e-5, atol=1e-5)
     assert Path("one-onnx/tokenizer.json").exists()
-
-
-def test_a_checkpoint_of_transformers_gives_the_same_predictions(effray, pairs, checkpoint, monkeypatch):
-    import transformers
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    effray(f"train --name one --dataset {pairs} --model transformers:./checkpoint --set dataset.options.length=24 "
-           "--train.epochs 1")  # fmt: skip
-    effray("export one --to transformers")
-    network = transformers.AutoModelForSequenceClassification.from_pretrained("one-transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained("one-transformers")
-    firsts, seconds, _ = zip(*(line.split(",") for line in lines(8, 3)), strict=True)
-    tokens = tokenizer(list(firsts), list(seconds), padding=True, truncation=True, return_tensors="pt")
-    with torch.inference_mode():
-        found = network(**tokens).logits.softmax(1)
-    expected = raypkg.load_model("one").predict([*zip(firsts, seconds, strict=True)])
-    torch.testing.assert_close(found, expected.probabilities, rtol=1e-5, atol=1e-5)
-    assert [network.config.id2label[label] for label in found.argmax(1).tolist()] == expected.names

@@ -88,18 +88,9 @@ def built(request):
     return request.param, build(request.param)
 
 
-def test_is_head_of_features(built):
-    check_head_of_features(*built)
-
-
-@pytest.mark.parametrize("name", sorted(LARGER))
-def test_a_larger_form_is_head_of_features(name):
-    check_head_of_features(name, build(name))
-
-
-def check_head_of_features(name, net):
-    net.eval()
-    x = samples(name)
+@pytest.mark.parametrize("name", [*NAMES, *sorted(LARGER)])
+def test_is_head_of_features(name):
+    net, x = build(name).eval(), samples(name)
     with torch.no_grad():
         features = net.features(x)
         assert features.shape == (4, net.head.in_features) and net.head.out_features == CLASSES
@@ -140,9 +131,7 @@ def test_channels_last_changes_nothing_but_the_layout(built):
 def test_gradients_are_finite_and_reach_every_weight(built, bf16):
     name, net = built
     if bf16 and name.startswith("torchvision"):  # maps of 1 × 1, which are padding but for one pixel
-        pytest.skip(
-            "PyTorch's bfloat16 convolution was seen to read NaN from beside a 1 × 1 map, once in hundreds of runs"
-        )
+        pytest.skip("PyTorch's bfloat16 convolution was seen to read NaN from beside a 1 × 1 map, once in hundreds")
     net.train()
     net.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -284,13 +273,6 @@ def test_trained_weights_of_torchvision_come_with_a_new_head(monkeypatch):
         build(name, shape=(3, 32, 32), weights="DEFALT")
 
 
-def test_trained_auxiliary_classifiers_are_left_out(monkeypatch):
-    trained = torchvision.models.inception_v3(num_classes=1000, init_weights=False).state_dict()
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: trained)
-    network = build("torchvision:inception_v3", shape=(3, 80, 80), weights="DEFAULT")
-    assert network.training and not any("AuxLogits" in name for name, _ in network.named_parameters())
-
-
 def test_weights_that_cannot_be_downloaded_are_told_in_one_line(monkeypatch):
     def fail(*_, **__):
         raise URLError("no route to host")
@@ -300,10 +282,16 @@ def test_weights_that_cannot_be_downloaded_are_told_in_one_line(monkeypatch):
         build("torchvision:resnet18", shape=(3, 32, 32), weights="DEFAULT")
 
 
-@pytest.mark.parametrize("variant", ["googlenet", "densenet121"])
-def test_torchvision_networks_return_logits_while_training(variant):
-    net = build(f"torchvision:{variant}", shape=(3, 32, 32))
-    assert net.training and net(torch.randn(2, 3, 32, 32)).shape == (2, CLASSES)
+@pytest.mark.parametrize("variant", ["googlenet", "densenet121", "inception_v3"])
+def test_torchvision_networks_return_logits_while_training_without_auxiliary_classifiers(monkeypatch, variant):
+    options, side = {}, 32
+    if variant == "inception_v3":
+        trained = torchvision.models.inception_v3(num_classes=1000, init_weights=False).state_dict()
+        monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: trained)
+        options, side = {"weights": "DEFAULT"}, 80
+    net = build(f"torchvision:{variant}", shape=(3, side, side), **options)
+    assert net.training and net(torch.randn(2, 3, side, side)).shape == (2, CLASSES)
+    assert not any("AuxLogits" in name for name, _ in net.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -312,7 +300,7 @@ def test_torchvision_networks_return_logits_while_training(variant):
         ("resnet20", {"classes": 1}, "num_classes = 1: a classifier needs at least 2"),
         ("wrn-28-2", {"dropout": 1.0}, "wrn-28-2 option dropout = 1.0"),
         ("torchvision", {}, "unknown torchvision model ''"),
-        ("torchvision:resnet18", {"shape": (1, 8, 8)}, "take 3 channels"),
+        ("torchvision:resnet18", {"shape": (1, 8, 8)}, "to have 3 channels"),
         ("torchvision:alexnet", {}, r"'torchvision:alexnet' cannot take inputs of shape \(3, 8, 8\)"),
         (own(own_network), {"shape": (3, 2, 2)}, r"own_network' cannot take inputs of shape \(3, 2, 2\): RuntimeError"),
         (own(without_linear), {}, "has no nn.Linear to serve as the head"),

@@ -1,4 +1,4 @@
-"""Data sources, one file each: ``load(root, *, split, cache, …) → Split``."""
+"""Data sources by kind of sample: ``load(root, *, split, cache, …) → Split``."""
 
 from raypkg.core.registry import Registry
 

@@ -163,10 +163,7 @@ class Store(Stored):
             self.header = Header.of(reader.schema)
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches - 1)]
             last = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
-        statistics = last.custom_metadata
-        if statistics is None:
-            raise pa.ArrowInvalid("its statistics are missing")
-        self.mean, self.std = (tuple(json.loads(statistics[name])) for name in ("mean", "std"))
+        self.mean, self.std = (tuple(json.loads(last.custom_metadata[name])) for name in ("mean", "std"))
         self._columns = [batch.column("x") for batch in batches]
         self.starts = np.cumsum([0, *map(len, self._columns)])
 

@@ -341,10 +341,8 @@ class Streamed(Stored):
         sizes: list[int] = []
         for part in parts_of(index):
             file, whole = part.name + BLOCKS, part.starts[-1]
-            if (size := sizes_of_files.get(file)) is None:
-                raise pa.ArrowInvalid(f"its file {file} is missing")
-            if size != whole:
-                raise pa.ArrowInvalid(f"its file {file} is {size} bytes, and should be {whole}")
+            if (size := sizes_of_files.get(file, "missing")) != whole:
+                raise pa.ArrowInvalid(f"its file {file} is {size}, and should be {whole} bytes")
             for (start, end), digest in zip(pairwise(part.starts), part.digests, strict=True):
                 self._places.append(Place(file, start, end - start, digest))
             sizes += part.sizes
