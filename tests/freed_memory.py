@@ -8,30 +8,23 @@ import torch
 from raypkg.engine.batches import ahead
 from raypkg.engine.worker import forget_peak_memory
 
-MEBIBYTE = 2**20
-BLOCKS = 8
-SIZE = 16  # MiB of a block
-
-
-def use():
-    blocks = [torch.ones(SIZE * MEBIBYTE, dtype=torch.uint8) for _ in range(BLOCKS)]
-    del blocks
-
 
 def resident():
+    """Use and free eight blocks of 16 MiB; return the resident MiB."""
+    blocks = [torch.ones(2**24, dtype=torch.uint8) for _ in range(8)]
+    del blocks
+    return measured()
+
+
+def measured():
     lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in lines if line.startswith("VmRSS:"))
-    return int(line.split()[1]) // 1024
+    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1]) // 1024
 
 
 if __name__ == "__main__":
-    use()
     start = resident()
-    use()
     of_itself = resident() - start
     list(ahead(abs, [0]))
-    use()
     after_a_batch = resident() - start
     forget_peak_memory()
-    forgotten = resident() - start
-    print(json.dumps({"of itself": of_itself, "after a batch": after_a_batch, "forgotten": forgotten}))
+    print(json.dumps({"of itself": of_itself, "after a batch": after_a_batch, "forgotten": measured() - start}))

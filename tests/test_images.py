@@ -68,12 +68,6 @@ def test_the_source_is_read_once(tmp_path, monkeypatch, kind, encoded, channels,
     assert split.mean == pytest.approx(pixels.mean(0).tolist()) and split.std == pytest.approx(pixels.std(0).tolist())
 
 
-def test_errors_number_images_across_batches():
-    source = Source([*COLOURS[:9], b"no image", *COLOURS[10:]])
-    with pytest.raises(UserError, match="image 9 does not decode"):
-        list(surveyed(source, 0))
-
-
 # Headers and decoding
 
 EXIF = Image.Exif()
@@ -180,38 +174,41 @@ def test_threads_change_nothing(count):
             decode_all(images, (3, 16, 16), "image {}".format)
 
 
-def test_grey_as_colour_and_colour_as_grey():
-    grey, red = samples.pixels(1, channels=1)[0], np.full((6, 5, 3), (255, 0, 0), np.uint8)
-    np.testing.assert_array_equal(decode(samples.encode(grey), (3, 6, 5)), np.repeat(grey, 3, 2))
-    assert (decode(samples.encode(red), (1, 6, 5)) == 76).all()  # luma 0.299 · 255
+def sixteen_bits():
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 255, 256, 65535]], np.uint16)).save(file, "PNG")
+    return file.getvalue()
 
 
-def test_sixteen_bits_keep_their_upper_byte(tmp_path):
-    Image.fromarray(np.array([[0, 255, 256, 65535]], np.uint16)).save(tmp_path / "a.png")
-    data = (tmp_path / "a.png").read_bytes()
-    assert read_header(data, str, 0)[2] and decode(data, (1, 1, 4))[0, :, 0].tolist() == [0, 0, 1, 255]
+GREY, RED = samples.pixels(1, channels=1)[0], np.full((6, 5, 3), (255, 0, 0), np.uint8)
+WHITE_MIDDLE = samples.encode(np.repeat(np.repeat([[[0], [255], [0]]], 10, 1), 10, 0).astype(np.uint8).repeat(3, 2))
 
 
-def test_images_are_cropped_at_their_centre():
-    image = np.zeros((10, 30, 3), np.uint8)
-    image[:, 10:20] = 255  # the middle square is white
-    assert (decode(samples.encode(image), (3, 10, 10)) == 255).all()
-    assert (decode(samples.encode(image), (3, 5, 5))[:, 1:-1] == 255).all()
+@pytest.mark.parametrize(
+    ("data", "shape", "expected"),
+    [
+        (samples.encode(GREY), (3, 6, 5), np.repeat(GREY, 3, 2)),
+        (samples.encode(RED), (1, 6, 5), 76),  # luma 0.299 · 255
+        (sixteen_bits(), (1, 1, 4), [[[0], [0], [1], [255]]]),  # the upper byte
+        (WHITE_MIDDLE, (3, 10, 10), 255),  # cropped at the centre
+    ],
+)
+def test_images_of_another_form_by_hand(data, shape, expected):
+    assert read_header(data, str, 0)[2] == (data not in (samples.encode(RED), WHITE_MIDDLE))
+    np.testing.assert_array_equal(decode(data, shape), np.broadcast_to(expected, (*shape[1:], shape[0])))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_damaged_images_are_named(kind):
+def test_damaged_images_are_named_with_their_numbers_across_batches(monkeypatch, kind):
     data = samples.encode(samples.pixels(1, 32, 32)[0], kind)
-    with pytest.raises(UserError, match="image 2 does not decode"):
+    with pytest.raises(UserError, match="image 2 does not decode: it is damaged or no image"):
         decode_all([data, data, data[: len(data) // 2]], (3, 32, 32), "image {}".format)
-    with pytest.raises(UserError, match="row 3 does not decode: it is damaged or no image"):
-        read_header(b"no image", "row {}".format, 3)
+    with pytest.raises(UserError, match="image 9 does not decode: it is damaged or no image"):
+        list(surveyed(Source([*COLOURS[:9], b"no image", *COLOURS[10:]]), 0))
 
-
-def test_errors_of_a_codec(monkeypatch):
     def broken(image):
         raise RuntimeError("failed to decode image")  # as the AVIF decoder does
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", broken)
     with pytest.raises(UserError, match="image 0 does not decode"):
-        decode_all([samples.encode(samples.pixels(1)[0])], (3, 6, 5), "image {}".format)
+        decode_all(COLOURS[:1], (3, 6, 5), "image {}".format)

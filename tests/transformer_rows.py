@@ -1,11 +1,9 @@
-"""A small transformer on rows, and rows for it, by names that the command line takes."""
+"""A small transformer on rows."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from raypkg.data.split import Split
-from sparse_training import C, D, N, rng
+from sparse_training import C, D
 
 PLACES, WIDTH = 4, 8
 D_PLACE = D // PLACES
@@ -30,16 +28,3 @@ class Transformer(nn.Module):
 
     def forward(self, x):
         return self.head(self.features(x))
-
-
-def build(shape, num_classes):
-    """A model for the command line."""
-    assert (shape, num_classes) == ((D,), C)
-    return Transformer(dropout=0.1)
-
-
-def rows(root, *, split):
-    """A data set for the command line."""
-    y = torch.arange(N) % C
-    noise = torch.randn(N, D, generator=rng(len(split)))
-    return Split.from_tensors(noise + 2 * F.one_hot(y, D), y)
