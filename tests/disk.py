@@ -38,10 +38,6 @@ def full() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def read_only() -> None:
-    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-
 def death() -> None:
     os._exit(DEATH)
 
@@ -82,11 +78,9 @@ class Disk:
 
     def install(self) -> "Disk":
         """Put this disk under the process."""
-        self._wrap(os, "mkdir", "mkdir")
-        self._wrap(os, "replace", "rename")
-        self._wrap(os, "rename", "rename")
-        self._wrap(os, "unlink", "delete")
-        self._wrap(os, "rmdir", "delete")
+        kinds = {"mkdir": "mkdir", "replace": "rename", "rename": "rename", "unlink": "delete", "rmdir": "delete"}
+        for name, kind in kinds.items():
+            self._wrap(name, kind)
         rmtree = shutil.rmtree
         delete = Storage.delete
 
@@ -99,30 +93,26 @@ class Disk:
             else:
                 rmtree(path, ignore_errors, **options)
 
-        def counted_fsync(descriptor: int) -> None:
-            self.step(
-                "sync", os.readlink(f"/proc/self/fd/{descriptor}")
-            )  # no power is lost here, so it is only counted
-
         def counted_delete(storage: Storage, name: str) -> None:
             self.step("delete", f"{storage.local}/{name}")
             delete(storage, name)
 
-        os.fsync = counted_fsync
+        # No power is lost here, so a sync is only counted.
+        os.fsync = lambda descriptor: self.step("sync", os.readlink(f"/proc/self/fd/{descriptor}"))
         shutil.rmtree = counted_rmtree
         Storage.delete = counted_delete
         builtins.open = io.open = self._open(io.open)
         pa.OSFile = lambda path, mode="rb": pa.PythonFile(open(path, mode))
         return self
 
-    def _wrap(self, module: Any, name: str, kind: str) -> None:
-        original = getattr(module, name)
+    def _wrap(self, name: str, kind: str) -> None:
+        original = getattr(os, name)
 
         def counted(path: Any, *others: Any, **options: Any) -> Any:
             self.step(kind, path)
             return original(path, *others, **options)
 
-        setattr(module, name, counted)
+        setattr(os, name, counted)
 
     def _open(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def counted(file: Any, mode: str = "r", *others: Any, **options: Any) -> Any:

@@ -82,22 +82,20 @@ class Process:
 
 def warm_up() -> None:
     """Import what commands import, so that every process begins with it."""
-    import matplotlib.figure
-    import pyarrow.dataset
-    import torch._dynamo
+    import matplotlib.figure  # noqa: F401
+    import pyarrow.dataset  # noqa: F401
+    import torch._dynamo  # noqa: F401
 
     import raypkg.cli.execute
-    import raypkg.experiments.selection
-    from raypkg.core.registry import Registry
+    import raypkg.experiments.selection  # noqa: F401
     from raypkg.coresets.rules import coreset
     from raypkg.data.sources import dataset
     from raypkg.engine.run import hook
     from raypkg.experiments import experiment
     from raypkg.models import model
 
-    imported: list[object] = [matplotlib.figure, pyarrow.dataset, torch._dynamo, raypkg.cli.execute]
-    registries: list[Registry] = [coreset, dataset, hook, experiment, model]
-    assert all([*imported, *(registry.entries for registry in registries)])
+    for registry in (coreset, dataset, hook, experiment, model):
+        assert registry.entries
 
 
 def start(line: str, folder: Path, before: Callable[[], object] = lambda: None) -> Process:

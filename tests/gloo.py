@@ -40,22 +40,3 @@ def _worker(place):
         return function(Worker(rank, world), *arguments)
     finally:
         dist.destroy_process_group()
-
-
-def collectives(worker):
-    """Return what each collective gives this worker."""
-    rank = float(worker.rank)
-    shared = torch.full((2,), rank)
-    worker.share([shared])
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.ones_(model.weight)
-    distributed = worker.distribute(model)
-    (distributed(torch.ones(1, 1)) * (rank + 1)).sum().backward()
-    return {
-        "sum": worker.sum(torch.tensor([1.0, rank])).tolist(),
-        "gather": worker.gather({"rank": worker.rank}),
-        "interleaved": worker.interleaved(range(worker.rank, 5, worker.world)),
-        "first": worker.first({"rank": worker.rank}),
-        "share": shared.tolist(),
-        "gradient": model.weight.grad.item(),
-    }

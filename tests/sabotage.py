@@ -19,57 +19,41 @@ FIRST = "EFFRAY_FIRST_BATCH"  # the variable that names the file for the note of
 def _digits(split: str, before: Callable) -> Split:
     """Return the digits; ``before`` is called with the indices of each batch."""
     honest = load_digits("", split=split)
-
-    def take(indices):
-        before(indices)
-        return honest.take(indices)
-
-    return replace(honest, take=take)
+    return replace(honest, take=lambda indices: (before(indices), honest.take(indices))[1])
 
 
-def _kill_once(marker: Path) -> None:
-    if not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+def _killed(split: str, marker: str | Path, now: Callable[[], object], batches: int = BATCHES) -> Split:
+    """Return the digits that kill their reader once, after so many batches that were read while it was ``now``."""
+    read = []
+
+    def before(indices):
+        if now():
+            read.append(len(indices))
+        if len(read) > batches and now() and not Path(marker).exists():
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return _digits(split, before)
 
 
 def load(root: str, *, split: str, run: str = "", phase: str = "") -> Split:
     """Kill, once, the process that reads, in a phase of a run."""
-    pretrained = Path(run) / "phases/pretrain.json"
-    selected = Path(run) / "phases/select.json"
-    read = []
 
-    def before(indices):
-        now = "train" if selected.exists() else "select" if pretrained.exists() else "pretrain"
-        read.append(now)
-        if now == phase and read.count(now) > BATCHES:
-            _kill_once(Path(run) / "killed")
+    def now():
+        pretrained, selected = (Path(run, f"phases/{each}.json").exists() for each in ("pretrain", "select"))
+        return phase == ("train" if selected else "select" if pretrained else "pretrain")
 
-    return _digits(split, before)
+    return _killed(split, f"{run}/killed", now)
 
 
 def load_and_kill_actor(root: str, *, split: str, marker: str = "") -> Split:
     """Kill, once, the process that reads, if it is an actor that holds a shard."""
-    read = []
-
-    def before(indices):
-        read.append(len(indices))
-        if len(read) > BATCHES and Path("/proc/self/cmdline").read_bytes().startswith(b"ray::Holder"):
-            _kill_once(Path(marker))
-
-    return _digits(split, before)
+    return _killed(split, marker, lambda: Path("/proc/self/cmdline").read_bytes().startswith(b"ray::Holder"))
 
 
 def load_and_kill_once(root: str, *, split: str, marker: str = "") -> Split:
     """Kill, once, the process that reads the thirtieth batch."""
-    read = []
-
-    def before(indices):
-        read.append(len(indices))
-        if len(read) == 30:
-            _kill_once(Path(marker))
-
-    return _digits(split, before)
+    return _killed(split, marker, lambda: True, 29)
 
 
 def load_and_kill_trial(root: str, *, split: str, marker: str = "") -> Split:

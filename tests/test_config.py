@@ -46,13 +46,6 @@ def test_overrides_win_over_the_file(tmp_path):
     assert (built.model.name, built.model.options) == ("resnet8", {"width": 3})
 
 
-def test_toml_round_trip(tmp_path):
-    built = load_settings(Example, None, {"optim.lr": 0.3, "model": "linear", "model.options.a": [1, 2]})
-    file = tmp_path / "a.toml"
-    file.write_text(to_toml(built))
-    assert load_settings(Example, read_toml(file)) == built
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -132,7 +125,8 @@ def test_any_pairs(pairs):
     assert_right(lambda: load_settings(Example, None, overrides_of(Example, {}, pairs)))
 
 
-def test_stored_settings_load_by_the_names_that_they_once_had():
+def test_stored_settings_load_by_the_names_that_they_once_had_and_without_a_tracker_of_the_past():
+    assert load_stored(TrainSettings, {"track": {"name": "mlflow", "project": "mine"}}).track.name is None
     stored = {"select": {"method": "craig", "every": 2}, "train": {"drop": 0.5}}
     settings = load_stored(TrainSettings, stored, {"cluster.workers": 0})
     assert settings.select.rule == "craig" and settings.select.every_epochs == 2 and settings.train.lr_drop == 0.5

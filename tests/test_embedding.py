@@ -3,7 +3,7 @@
 import resource
 import signal
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -132,6 +132,9 @@ def killed_after(count):
     kill_at(embedding, "write_part", lambda calls: len(calls) > count)
 
 
+RESUME = "embed --resume one --cluster.workers 0"
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "due"),
     [
@@ -145,24 +148,12 @@ def test_killed_at_any_moment_and_resumed_it_leaves_what_an_undisturbed_run_leav
 ):
     ended = effray(EMBED, tmp_path, lambda: kill_at(owner, name, due))
     assert ended.code == -signal.SIGKILL, ended
-    ended = effray("embed --resume one --cluster.workers 0", tmp_path)
+    ended = effray(RESUME, tmp_path)
     assert ended.code == 0, ended
     check_whole(tmp_path / "runs")
     here, there = files(tmp_path / "runs/embed/one"), files(embedded)
     assert here.keys() == there.keys()
     assert [name for name in here if here[name] != there[name]] == []
-
-
-def noted(path):
-    """Let a process note each part that it computes in a file."""
-    honest = embedding.write_part
-
-    def write(storage, part, *arguments):
-        with Path(path).open("a") as file:
-            file.write(f"{part.file}\n")
-        return honest(storage, part, *arguments)
-
-    embedding.write_part = write
 
 
 def test_a_resumed_run_computes_the_parts_that_are_missing_damaged_or_edited_and_no_others(embedded, tmp_path):
@@ -176,11 +167,12 @@ def test_a_resumed_run_computes_the_parts_that_are_missing_damaged_or_edited_and
     edited = pq.read_table(parts / "train-00002.parquet")  # with its metadata
     ids = pa.array(edited["id"].to_numpy()[::-1])
     pq.write_table(edited.set_column(0, edited.schema.field("id"), ids), parts / "train-00002.parquet")
-    notes = tmp_path / "notes"
-    assert effray("embed --resume one --cluster.workers 0", tmp_path, lambda: noted(notes)).code == 0
-    computed = notes.read_text().split()
-    assert computed[:3] == ["train-00001.parquet", "train-00002.parquet", "train-00003.parquet"]
-    assert len(computed) == 10 - 3
+    written = {file.name: file.stat().st_mtime_ns for file in parts.iterdir()}
+    kill = partial(kill_at, Storage, "delete_folder", lambda calls: calls[-1][1] == embedding.PARTS)
+    assert effray(RESUME, tmp_path, kill).code == -signal.SIGKILL
+    same = [file.name for file in parts.iterdir() if file.stat().st_mtime_ns == written.get(file.name)]
+    assert sorted(same) == ["train-00000.parquet", "train-00004.parquet", "train-00005.parquet"]
+    assert effray(RESUME, tmp_path).code == 0
     assert (tmp_path / "runs/embed/one/train.parquet").read_bytes() == (embedded / "train.parquet").read_bytes()
 
 
@@ -197,7 +189,7 @@ def test_a_disk_that_gets_full_is_a_line_and_the_run_goes_on_once_there_is_room(
     run = tmp_path / "runs/embed/one"
     if size > 100_000:
         check_whole(tmp_path / "runs")
-        assert effray("embed --resume one --cluster.workers 0", tmp_path).code == 0
+        assert effray(RESUME, tmp_path).code == 0
         assert (run / "train.parquet").read_bytes() == (embedded / "train.parquet").read_bytes()
     else:
         assert not run.exists()
@@ -207,10 +199,10 @@ def test_a_folder_that_cannot_be_listed_for_a_while_does_not_end_the_run(embedde
     honest = Storage.list
 
     def throttled(storage, *folders):
-        if folders != (embedding.PARTS,):
-            return honest(storage, *folders)
-        (tmp_path / "refused").touch()
-        raise OSError("slow down")
+        if folders == (embedding.PARTS,):
+            (tmp_path / "refused").touch()
+            raise OSError("slow down")
+        return honest(storage, *folders)
 
     monkeypatch.setattr(Storage, "list", throttled)
     monkeypatch.setattr(embedding, "GLANCE", 0.01)

@@ -19,7 +19,6 @@ from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 from tiny_language import instructions, tiny_language
 
-RANK = {"rank": 4, "dropout": 0.1}
 PLAIN = "a model of two layers"
 
 
@@ -48,10 +47,8 @@ def run_of(worker, place, options, **settings):
         torch.manual_seed(0)
         model = Classifier(nn.Sequential(nn.Linear(5, 8), Layer(), Layer()), nn.Linear(8, 3))
     else:
-        data = load_data(
-            f"instructions:{place}/instructions.jsonl", options={"tokenizer": str(place / "model"), "length": 64}
-        )
-        split = data.train
+        tokens = {"tokenizer": str(place / "model"), "length": 64}
+        split = load_data(f"instructions:{place}/instructions.jsonl", options=tokens).train
         model = build_model(f"transformers-lm:{place}/model", split.shape, split.num_classes, seed=0, options=options)
     common = {"epochs": 2, "batch_size": 7, "clip": 0.5, "precision": "float32", "lr": 0.01}
     return Run.simple(model, split, worker=worker, **common | settings)
@@ -100,7 +97,7 @@ def test_it_trains_what_ddp_trains_and_resumes_under_either(tmp_path, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [RANK, {}])
+@pytest.mark.parametrize("options", [{"rank": 4, "dropout": 0.1}, {}])
 def test_a_language_model_is_trained_as_by_ddp(place, tmp_path, options):
     check(place, tmp_path, options, SETTINGS[1])
 

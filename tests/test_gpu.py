@@ -49,13 +49,9 @@ def test_it_trains_what_a_processor_trains():
         assert torch.allclose(ours[name], weight, rtol=0, atol=1e-8), name
 
 
-def test_the_bill_has_the_memory_of_the_gpu():
+def test_the_bill_has_the_memory_of_the_gpu_and_the_operations_of_one_of_known_peak():
     (bill, *_) = trained(CUDA, "float32", epochs=1).bills()
     assert 0 < bill.device_memory == torch.cuda.max_memory_allocated()
-
-
-def test_operations_are_billed_on_a_gpu_of_known_peak():
-    (bill, *_) = trained(CUDA, "float32", epochs=1).bills()
     assert bill.peak == peak_of(CUDA, Training(precision="float32"))
     assert 0 <= bill.operations <= bill.peak * bill.total_seconds and bool(bill.operations) == bool(bill.peak)
 

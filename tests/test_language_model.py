@@ -294,7 +294,7 @@ def test_a_run_from_the_command_line_and_its_model(place, tmp_path, capsys, blan
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--dataset.noise 0.1", "dataset.noise = 0.1: a language model sees no labels to be wrong"),
+        ("--dataset.noise 0.1", "dataset.noise = 0.1: a language model has no logits and labels"),
         ("--train.label_smoothing 0.1", "train.label_smoothing = 0.1: a language model has no logits and labels"),
         ("--select.rule gradmatch --select.fraction 0.5", "select.rule = gradmatch needs a classifier"),
     ],

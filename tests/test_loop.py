@@ -47,14 +47,10 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def inputs():
-    data = split()
-    return (data.batch(torch.arange(64))[0] - torch.tensor(data.mean)) / torch.tensor(data.std)
-
-
 def test_equals_a_loop_written_out():
     trained = fit(run())
-    twin, data, x = model(), split(), inputs()
+    twin, data = model(), split()
+    x = (data.batch(torch.arange(64))[0] - torch.tensor(data.mean)) / torch.tensor(data.std)
     optimizer = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     for epoch in range(4):
         batches = Batches(data, trained.coreset, 16, seed=0, augment=(), worker=Worker())
@@ -63,20 +59,6 @@ def test_equals_a_loop_written_out():
             optimizer.zero_grad()
             F.cross_entropy(twin(x[batch.indices]), data.y[batch.indices]).backward()
             optimizer.step()
-    for a, b in zip(weights(trained), twin.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
-
-
-def test_a_weight_of_two_is_the_sample_twice():
-    """The objective is mean(w · loss): one step on a weighted batch is a step on the written-out mean."""
-    once = PLAIN.model_copy(update={"epochs": 1, "batch_size": 64, "momentum": 0.0, "weight_decay": 0.0})
-    w = torch.ones(64)
-    w[5] = 2.0
-    trained = fit(run(Coreset(torch.arange(64), w), once))
-    twin, y, x = model(), split().y, inputs()
-    loss = (F.cross_entropy(twin(x), y, reduction="sum") + F.cross_entropy(twin(x[5:6]), y[5:6])) / 64
-    for parameter, gradient in zip(twin.parameters(), torch.autograd.grad(loss, list(twin.parameters())), strict=True):
-        parameter.data -= 0.1 * gradient
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(trained), twin.parameters(), strict=True))
 
 
@@ -89,32 +71,17 @@ def test_same_seed_same_result_and_global_generator_untouched():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_stopped_and_resumed_equals_never_stopped(tmp_path):
-    straight = fit(run(hooks=[Counter()]))
-    places = StoredCheckpoints(Storage(str(tmp_path)))
-
-    def die(network, epoch):
-        if epoch == 3:
-            raise KeyboardInterrupt
-        return {}
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(run(hooks=[Counter()]), checkpoints=places, measure=die)
-    resumed = fit(run(hooks=[Counter()]), checkpoints=places)
-    assert same(weights(straight), weights(resumed))
-    assert straight.step == resumed.step == resumed.hooks[0].steps
-    assert straight.bills()[0].backward == resumed.bills()[0].backward == 4 * 64
-
-
-@pytest.mark.parametrize(("length", "last"), [(2.4, None), (None, 2.4), (3.4, 2.4), (3, 2.4)])
-def test_training_may_end_within_an_epoch_and_is_resumed_there(tmp_path, length, last):
+@pytest.mark.parametrize(
+    ("length", "last", "steps"), [(None, None, 16), (2.4, None, 10), (None, 2.4, 10), (3.4, 2.4, 10), (3, 2.4, 10)]
+)
+def test_stopped_and_resumed_equals_never_stopped_also_within_an_epoch(tmp_path, length, last, steps):
     def die(network, epoch):
         if epoch == 3:
             raise KeyboardInterrupt
         return {}
 
     def started():
-        return replace(run(hooks=[Counter(), Rates()]), length=length, last=last)
+        return replace(run(hooks=[Rates()]), length=length, last=last)
 
     straight = fit(started())
     places = StoredCheckpoints(Storage(str(tmp_path)))
@@ -123,11 +90,10 @@ def test_training_may_end_within_an_epoch_and_is_resumed_there(tmp_path, length,
     assert places.load()["step"] == 8
     resumed = fit(started(), checkpoints=places)
     assert same(weights(straight), weights(resumed))
-    assert straight.step == resumed.step == straight.hooks[0].steps == 10  # of 4 an epoch
-    assert straight.bills()[0].backward == resumed.bills()[0].backward == 10 * 16
-    schedule = length or PLAIN.epochs
-    expected = [learning_rate(PLAIN, step / 4 / schedule) for step in range(10)]
-    assert straight.hooks[1].rates == pytest.approx(expected)
+    assert straight.step == resumed.step == steps  # of 4 an epoch
+    assert straight.bills()[0].backward == resumed.bills()[0].backward == steps * 16
+    expected = [learning_rate(PLAIN, step / 4 / (length or PLAIN.epochs)) for step in range(steps)]
+    assert straight.hooks[0].rates == resumed.hooks[0].rates == pytest.approx(expected)
 
 
 def test_whole_epochs_are_the_same_bits_whether_given_or_not():
@@ -185,28 +151,20 @@ def test_rows_that_were_lost_with_a_process_come_again_with_its_checkpoint(tmp_p
     assert reported == straight and [row["epoch"] for row in reported] == [1, 2, 3, 4]
 
 
-class Counter(Hook):
-    def __init__(self):
-        self.steps = 0
-
-    def on_step(self, run):
-        self.steps += 1
-
-    def state_dict(self):
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state):
-        self.steps = state["steps"]
-
-
 class Rates(Hook):
-    """Records the learning rate of every step."""
+    """Records the learning rate of every step, also in checkpoints."""
 
     def __init__(self):
         self.rates = []
 
     def on_step(self, run):
         self.rates.append(run.optimizer.param_groups[0]["lr"])
+
+    def state_dict(self):
+        return {"rates": list(self.rates)}
+
+    def load_state_dict(self, state):
+        self.rates = state["rates"]
 
 
 def test_a_corrupt_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
@@ -218,24 +176,11 @@ def test_a_corrupt_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capl
     assert "epoch_00004.pt is unreadable and skipped" in caplog.text
 
 
-class Chooses(Hook):
-    def __init__(self, coreset):
-        self.coreset = coreset
-
-    def on_epoch(self, run):
-        run.coreset = self.coreset
-
-
-@pytest.mark.parametrize(
-    ("chosen", "message"),
-    [
-        (Coreset.uniform(torch.tensor([64])), "the coreset has index 64, these samples end at 63"),
-        (Coreset(torch.arange(3), torch.zeros(3)), "all 3 weights of the coreset are 0"),
-    ],
-)
-def test_an_invalid_coreset_of_a_hook_is_refused(chosen, message):
-    with pytest.raises(UserError, match=message):
-        fit(run(hooks=[Chooses(chosen)]))
+def test_a_coreset_without_weight_and_more_workers_than_samples_are_refused():
+    with pytest.raises(UserError, match="all 3 weights of the coreset are 0"):
+        fit(run(Coreset(torch.arange(3), torch.zeros(3))))
+    with pytest.raises(UserError, match="batches of 2 samples cannot be shared by 3 workers"):
+        Batches(split(), Coreset.uniform(torch.arange(2)), 16, seed=0, augment=(), worker=Worker(0, 3))
 
 
 def test_the_newest_checkpoint_is_that_of_the_largest_epoch(tmp_path):
@@ -251,22 +196,17 @@ def test_the_newest_checkpoint_is_that_of_the_largest_epoch(tmp_path):
 def test_workers_share_each_batch(world):
     data = Split.from_tensors(torch.randint(0, 255, (50, 3, 8, 8), dtype=torch.uint8), torch.arange(50) % 2)
     everything = Coreset.uniform(torch.arange(50))
-    arguments = {"seed": 0, "augment": ("crop", "flip", "randaugment")}
-    whole = list(Batches(data, everything, 16, worker=Worker(), **arguments).epoch(2))
-    parts = [
-        list(Batches(data, everything, 16, worker=Worker(rank, world), **arguments).epoch(2)) for rank in range(world)
-    ]
+    augment = ("crop", "flip", "randaugment")
+    whole, *parts = (
+        list(Batches(data, everything, 16, seed=0, augment=augment, worker=worker).epoch(2))
+        for worker in (Worker(), *(Worker(rank, world) for rank in range(world)))
+    )
     for batch, *shares in zip(whole, *parts, strict=True):
         assert torch.equal(batch.x, torch.cat([share.x for share in shares]))
         assert torch.equal(batch.indices, torch.cat([share.indices for share in shares]))
         assert {share.total for share in shares} == {len(batch.y)}
     assert sorted(torch.cat([batch.indices for batch in whole]).tolist()) == list(range(50))
     assert [len(batch.y) for batch in whole] == [13, 13, 12, 12]
-
-
-def test_more_workers_than_samples_in_a_batch():
-    with pytest.raises(UserError, match="batches of 2 samples cannot be shared by 3 workers"):
-        Batches(split(), Coreset.uniform(torch.arange(2)), 16, seed=0, augment=(), worker=Worker(0, 3))
 
 
 def test_a_long_epoch_reports_its_steps(monkeypatch):
@@ -281,9 +221,9 @@ def test_evaluation_by_hand():
     network, data = model(), split()
     found = evaluate(network, data, torch.arange(10, 40), Worker(), (cost := Cost("evaluate")), precision="float32")
     assert cost.forward == 30
-    x, y = zip(*plain_batches(data, torch.arange(10, 40), torch.device("cpu"), 30), strict=True)
-    assert found["loss"] == pytest.approx(F.cross_entropy(network(x[0]), y[0]).item(), rel=1e-5)
-    assert found["accuracy"] == pytest.approx((network(x[0]).argmax(1) == y[0]).double().mean().item())
+    ((x, y),) = plain_batches(data, torch.arange(10, 40), torch.device("cpu"), 30)
+    assert found["loss"] == pytest.approx(F.cross_entropy(network(x), y).item(), rel=1e-5)
+    assert found["accuracy"] == pytest.approx((network(x).argmax(1) == y).double().mean().item())
 
 
 @pytest.mark.parametrize(("views", "shifts"), [("mirrored", {0: 1.0}), ("shifted", {0: 0.5, -1: 0.25, 1: 0.25})])

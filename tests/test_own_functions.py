@@ -1,6 +1,7 @@
 """Functions of the user's in training: a loss, a metric, an augmentation; and training that stops early."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,14 +20,13 @@ from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.trained import settings_of_trained
-from raypkg.experiments.training import Job, train_model
+from raypkg.experiments.training import train_model
 from raypkg.models import build_model
-from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import create
-from raypkg.runs.storage import Storage
+from test_kept_model import interrupted, kept, same
+from test_kept_model import job_of as kept_job_of
 
 HERE = "test_own_functions"
-COMMON = {"model": "linear", "train.epochs": 3, "train.precision": "float64", "train.evaluate_every_epochs": 1}
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 shifted = v2.Compose([v2.RandomCrop(8, padding=2), v2.RandomHorizontalFlip(), v2.ColorJitter(brightness=0.5)])
 
@@ -60,17 +60,7 @@ def as_float(image):
     return image.float()
 
 
-def job_of(folder, **settings):
-    chosen = load_settings(settings_of(experiment["train"]), {}, COMMON | settings)
-    return Job(chosen, chosen.train, Storage(str(folder)))
-
-
-def kept(folder):
-    return load_tensors(Storage(str(folder)), "model.safetensors")
-
-
-def same(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one)
+job_of = partial(kept_job_of, base={"model": "linear", "train.epochs": 3})
 
 
 def test_a_loss_is_trained_with_the_weights_of_a_coreset_and_the_cross_entropy_is_recorded():
@@ -122,14 +112,9 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path):
     few = {"dataset.imbalance": 0.02, "train.epochs": 2}
     settings = {"dataset.augment": f"{HERE}:shifted", "train.loss": f"{HERE}:smooth", **few, **best}
 
-    def interrupt(row):
-        if row["epoch"] == 1:
-            raise KeyboardInterrupt
-
     rows = []
     straight = train_model(Worker(report=rows.append), job_of(tmp_path / "straight", **settings))
-    with pytest.raises(KeyboardInterrupt):
-        train_model(Worker(report=interrupt), job_of(tmp_path / "stopped", **settings))
+    interrupted(job_of(tmp_path / "stopped", **settings), 1)
     resumed = train_model(Worker(), job_of(tmp_path / "stopped", **settings))
     assert same(kept(tmp_path / "straight"), kept(tmp_path / "stopped"))
     for name in ("kept_epoch", "findings", "test_loss", "test_metric"):

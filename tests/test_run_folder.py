@@ -60,28 +60,21 @@ def test_a_write_recreates_no_deleted_folder(storage):
         pickle.loads(pickle.dumps(folder / "phases")).write("a", b"")
 
 
-def test_finishing_a_run_deletes_what_the_dead_left_but_nothing_of_the_users(tmp_path):
+@pytest.mark.parametrize("linked", [("notes",), ("notes", "checkpoints")])
+def test_finishing_a_run_deletes_what_the_dead_left_but_nothing_of_the_users(tmp_path, linked):
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     storage = Storage(str(run))
     storage.write("plots/a.png", b"")
-    storage.write("checkpoints/train/epoch_00001.pt", b"")
+    if "checkpoints" not in linked:
+        storage.write("checkpoints/train/epoch_00001.pt", b"")
     elsewhere.mkdir()
-    (run / "notes").symlink_to(elsewhere)
+    for link in linked:
+        (run / link).symlink_to(elsewhere)
     for leftover in ("a.json.1.part", "plots/b.png.2.part", "mine.part", "notes/movie.mkv.1.part"):
         (run / leftover).touch()
     RunFolder(storage).finish(MANIFEST)
     found = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
-    assert found == ["a.png", "mine.part", "movie.mkv.1.part", "summary.json"]
-
-
-def test_checkpoints_behind_a_link_are_not_the_runs(tmp_path):
-    storage, elsewhere = Storage(str(tmp_path / "run")), tmp_path / "elsewhere"
-    storage.write("a", b"")
-    elsewhere.mkdir()
-    (elsewhere / "movie.mkv").touch()
-    (tmp_path / "run" / "checkpoints").symlink_to(elsewhere)
-    RunFolder(storage).finish(MANIFEST)
-    assert (elsewhere / "movie.mkv").exists() and not (tmp_path / "run" / "checkpoints").exists()
+    assert found == ["a.png", "mine.part", "movie.mkv.1.part", "summary.json"] and not (run / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
@@ -137,17 +130,6 @@ def test_a_file_system_without_locks_keeps_nobody_out(storage, monkeypatch):
         pass
 
 
-def test_a_row_after_a_restart_replaces_the_old_one(storage):
-    folder = RunFolder(storage)
-    folder.log({"phase": "train", "model": None, "epoch": 1, "loss": 2.0})
-    folder.log({"phase": "train", "model": None, "epoch": 2, "loss": 1.5, "accuracy": 0.5})
-    folder.flush()
-    again = RunFolder(storage)
-    again.log({"phase": "train", "model": None, "epoch": 2, "loss": 1.0})
-    assert [row["loss"] for row in again.rows] == [2.0, 1.0]
-    assert folder.started
-
-
 def test_compare_counts_common_picks_and_correlates_scores(tmp_path):
     def finished(name, samples, picks, scores=None):
         storage = Storage(str(tmp_path)) / name
@@ -168,14 +150,17 @@ def test_compare_counts_common_picks_and_correlates_scores(tmp_path):
         compare(a, RunFolder(Storage(str(tmp_path)) / "e"))
 
 
-def test_rows_are_in_the_order_of_models_and_epochs_whoever_was_first(tmp_path):
+def test_rows_are_in_the_order_of_models_and_epochs_and_one_after_a_restart_replaces_the_old_one(tmp_path):
     folder = create(str(tmp_path), "lipt", "one", Experiment())
     arrived = [("b", 1, 2), ("b", 0, 1), ("b", 1, 1), ("b", 0, 2), ("a", None, 2), ("a", None, 1)]
     for phase, model, epoch in arrived:
         folder.log({"phase": phase, "model": model, "epoch": epoch, "loss": 1.0})
     folder.flush()
-    kept = [(row["phase"], row.get("model"), row["epoch"]) for row in RunFolder(folder.storage).rows]
+    again = RunFolder(folder.storage)
+    again.log({"phase": "a", "model": None, "epoch": 2, "loss": 0.5})
+    kept = [(row["phase"], row.get("model"), row["epoch"]) for row in again.rows]
     assert kept == [("b", 0, 1), ("b", 0, 2), ("b", 1, 1), ("b", 1, 2), ("a", None, 1), ("a", None, 2)]
+    assert [row["loss"] for row in again.rows] == [1.0] * 5 + [0.5] and folder.started
 
 
 def test_a_run_does_not_write_into_a_later_one_of_its_name(tmp_path):

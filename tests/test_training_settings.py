@@ -51,14 +51,10 @@ class Noted(Hook):
     def on_gradients(self, run):
         for parameter in run.model.parameters():
             parameter.grad.mul_(self.scale)
-        self.norms.append(norm_of(run))
+        self.norms.append(torch.cat([w.grad.flatten() for w in run.model.parameters()]).norm().item())
 
     def on_step(self, run):
         self.seen.append((run.batch, run.seen))
-
-
-def norm_of(run):
-    return torch.cat([w.grad.flatten() for w in run.model.parameters()]).norm().item()
 
 
 # Parts of a batch
@@ -77,9 +73,10 @@ def test_batches_in_parts_train_as_whole_ones(size, optimizer):
         assert one["train_accuracy"] == other["train_accuracy"]
 
 
-@pytest.mark.parametrize("size", [33, 1000])
-def test_a_part_as_large_as_the_batch_is_the_batch_bit_by_bit(size):
-    assert torch.equal(weights_of(trained()), weights_of(trained(micro_batch=size)))
+@pytest.mark.parametrize("settings", [{"micro_batch": 33}, {"micro_batch": 1000}, {"clip": 1e6}])
+def test_a_part_as_large_as_the_batch_and_gradients_below_the_limit_are_as_they_are_bit_by_bit(settings):
+    plain = trained()
+    assert torch.equal(weights_of(plain), weights_of(trained(**settings))) and "clipped" not in plain.rows[0]
 
 
 def test_no_more_samples_than_asked_for_go_through_the_model_at_once():
@@ -105,7 +102,7 @@ def trained_on(worker, settings):
     return weights_of(trained(worker=worker, **settings))
 
 
-@pytest.mark.parametrize("settings", [{"micro_batch": 5}, {"micro_batch": 16}, {"micro_batch": 4, "clip": 0.2}])
+@pytest.mark.parametrize("settings", [{"micro_batch": 16}, {"micro_batch": 4, "clip": 0.2}])
 def test_two_workers_with_batches_in_parts_end_where_one_without_does(settings):
     first, second = on_workers(2, trained_on, settings)
     assert torch.equal(first, second)
@@ -116,19 +113,26 @@ def test_two_workers_with_batches_in_parts_end_where_one_without_does(settings):
 # Clipping
 
 
-def test_a_step_is_clipped_as_written_out():
-    limit = 0.3
-    run = trained(epochs=1, batch_size=SAMPLES, clip=limit, momentum=0.0, weight_decay=0.0)
-    twin = network().double()
-    data, coreset = split(), weighted()
-    x = (data.batch(torch.arange(SAMPLES))[0].double() - torch.tensor(data.mean)) / torch.tensor(data.std)
-    loss = F.cross_entropy(twin(x), data.y, reduction="none") @ coreset.weights.double() / SAMPLES
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(twin.parameters()))])
-    assert gradient.norm() > limit
-    assert run.norm.item() == pytest.approx(gradient.norm().item(), rel=1e-6)
-    start = torch.cat([w.detach().flatten() for w in twin.parameters()])
-    expected = start - 0.1 * limit * gradient / gradient.norm()
-    assert torch.allclose(weights_of(run), expected, rtol=0, atol=1e-6)
+@pytest.mark.parametrize(("limit", "smoothing"), [(None, 0.0), (0.3, 0.0), (None, 0.2), (0.3, 0.2)])
+def test_a_step_on_weighted_clipped_and_smoothed_samples_is_the_one_written_out(limit, smoothing):
+    """The objective is mean(w · loss) of smoothed labels; plain losses are recorded."""
+    noted, chosen = Noted(), {"clip": limit, "label_smoothing": smoothing}
+    run = trained([noted], epochs=1, batch_size=SAMPLES, momentum=0.0, weight_decay=0.0, **chosen)
+    ((batch, seen),) = noted.seen
+    start, share = network().double(), weighted().weights.double()[batch.indices]
+    target = (1 - smoothing) * F.one_hot(batch.y, 3).double() + smoothing / 3
+    logits = start(batch.x)
+    objective = -(target * logits.log_softmax(1)).sum(1) @ share / SAMPLES
+    gradients = torch.autograd.grad(objective, list(start.parameters()), retain_graph=True)
+    gradient = torch.cat([each.flatten() for each in gradients])
+    if limit:
+        assert run.norm.item() == pytest.approx(gradient.norm().item(), rel=1e-6) and gradient.norm() > limit
+        gradient *= limit / gradient.norm()
+    expected = torch.cat([w.detach().flatten() for w in start.parameters()]) - 0.1 * gradient
+    assert torch.allclose(weights_of(run), expected, rtol=0, atol=1e-6 if limit else 1e-12)
+    plain = F.cross_entropy(logits, batch.y, reduction="none")
+    assert torch.allclose(seen.losses, plain, rtol=0, atol=1e-12)
+    assert run.rows[0]["loss"] == pytest.approx((plain @ share / SAMPLES).item(), abs=1e-12)
 
 
 def test_gradients_are_clipped_after_hooks_have_edited_them():
@@ -152,32 +156,6 @@ def test_an_epoch_tells_the_norm_before_clipping_and_how_often_it_was_too_large(
     assert 0 < sum(row["clipped"] for row in run.rows) < 3
 
 
-def test_gradients_below_the_limit_stay_as_they_are():
-    assert torch.equal(weights_of(trained()), weights_of(trained(clip=1e6)))
-    assert "clipped" not in trained().rows[0]
-
-
-# Smoothed labels
-
-
-def test_smoothed_labels_are_trained_and_plain_losses_recorded():
-    once = {"epochs": 1, "batch_size": SAMPLES, "momentum": 0.0, "weight_decay": 0.0}
-    noted = Noted()
-    run = trained([noted], label_smoothing=0.2, **once)
-    twin = network().double()
-    ((batch, seen),) = noted.seen
-    share = weighted().weights.double()[batch.indices]
-    target = 0.8 * F.one_hot(batch.y, 3).double() + 0.2 / 3
-    logits = twin(batch.x)
-    smoothed = -(target * logits.log_softmax(1)).sum(1) @ share / SAMPLES
-    gradients = torch.autograd.grad(smoothed, list(twin.parameters()), retain_graph=True)
-    for w, start, gradient in zip(run.model.parameters(), twin.parameters(), gradients, strict=True):
-        assert torch.allclose(w, start - 0.1 * gradient, rtol=0, atol=1e-12)
-    plain = F.cross_entropy(logits, batch.y, reduction="none")
-    assert torch.allclose(seen.losses, plain, rtol=0, atol=1e-12)
-    assert run.rows[0]["loss"] == pytest.approx((plain @ share / SAMPLES).item(), abs=1e-12)
-
-
 # Which weights decay
 
 
@@ -186,13 +164,10 @@ def test_matrices_alone_decay(optimizer):
     frozen = {"epochs": 1, "batch_size": SAMPLES, "weight_decay": 0.5, "momentum": 0.0, "optimizer": optimizer}
     still = Noted(scale=0.0)  # no gradient: what moves has decayed
     start = {name: w.detach().clone().double() for name, w in network().named_parameters()}
-    run = trained([still], decay="matrices", **frozen)
-    for name, w in run.model.named_parameters():
-        factor = 0.95 if w.dim() > 1 else 1.0
-        assert torch.allclose(w, factor * start[name], rtol=0, atol=1e-12), name
-    run = trained([Noted(scale=0.0)], **frozen)
-    for name, w in run.model.named_parameters():
-        assert torch.allclose(w, 0.95 * start[name], rtol=0, atol=1e-12), name
+    for decay in ("matrices", "all"):
+        for name, w in trained([still], decay=decay, **frozen).model.named_parameters():
+            factor = 0.95 if w.dim() > 1 or decay == "all" else 1.0
+            assert torch.allclose(w, factor * start[name], rtol=0, atol=1e-12), name
 
 
 # The optimiser is PyTorch's own to the last bit

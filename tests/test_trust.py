@@ -49,42 +49,31 @@ def open_settings(folder, says):
         resolve.stored_settings(folder)
 
 
-NAMES_CODE = ["my_code:net", "package.module:Net", "größe:netz", "my_code:"]
-NAMES_NONE = ["resnet8", "torchvision:resnet18", "a b:c", "8:00"]
-
-
-@pytest.mark.parametrize("name", NAMES_CODE)
-def test_code_of_somebody_else_is_refused(stored, of_somebody_else, name):
-    open_settings(stored(name), f"config.toml is not your own alone and names code, '{name}': --trust lets it run")
-
-
-@pytest.mark.parametrize("name", NAMES_NONE)
-def test_settings_without_code_are_anybodys(stored, of_somebody_else, name):
-    assert resolve.stored_settings(stored(name))["model"]["name"] == name
-
-
-@pytest.mark.parametrize("name", NAMES_CODE)
-def test_code_of_ones_own_and_trusted_code_is_accepted(stored, monkeypatch, name):
-    folder = stored(name)
-    assert resolve.stored_settings(folder)["model"]["name"] == name
-    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    monkeypatch.setenv(resolve.TRUST, "1")
-    assert resolve.stored_settings(folder)["model"]["name"] == name
+MODEL = '[model]\nname = "{}"\n'
+CODE_NAMES = ["my_code:net", "package.module:Net", "größe:netz", "my_code:"]
 
 
 @pytest.mark.parametrize(
     ("text", "code"),
     [
+        *((MODEL.format(name), name) for name in CODE_NAMES),
+        *((MODEL.format(name), None) for name in ("resnet8", "torchvision:resnet18", "a b:c", "8:00")),
         ('[[hooks]]\nname = "ema"\n[hooks.options]\ninner = ["my_code:ema"]\n', "my_code:ema"),
         ('[[hooks]]\nname = "torchvision:x"\n', "torchvision:x"),  # a name of another registry
         ('[select.target]\nname = "my_code:few"\n', "my_code:few"),
         ('[select.target]\nname = "table:few"\n', None),
     ],
 )
-def test_code_is_found_wherever_it_is_named(stored, of_somebody_else, text, code):
-    storage = stored("resnet8").storage
-    storage.write("config.toml", text.encode())
-    open_settings(RunFolder(storage), code and f"names code, '{code}'")
+def test_code_of_somebody_else_is_found_wherever_it_is_named_and_refused_unless_trusted(
+    stored, monkeypatch, text, code
+):
+    folder = stored("resnet8")
+    folder.storage.write("config.toml", text.encode())
+    open_settings(folder, None)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    open_settings(folder, code and f"config.toml is not your own alone and names code, '{code}': --trust lets it run")
+    monkeypatch.setenv(resolve.TRUST, "1")
+    open_settings(folder, None)
 
 
 def opened(path, mode=0o666):
@@ -99,14 +88,10 @@ def linked(file, to):
     file.symlink_to(to)
 
 
-def settings_elsewhere(run):
-    linked(run / "config.toml", run.parents[2] / "shared" / "mine.toml")
-    opened(run.parents[2] / "shared" / "mine.toml", 0o002)
-
-
-def folder_elsewhere(run):
-    linked(run.parent, run.parents[2] / "shared" / "train")
-    opened(run.parents[2] / "shared", 0o002)
+def elsewhere(file, shared, to_open="."):
+    """Link a file or folder to a place that others may write to."""
+    linked(file, shared / file.name)
+    opened(shared / to_open, 0o002)
 
 
 SETTINGS = "config.toml is not your own alone and names code, 'my_code:net'"
@@ -116,8 +101,8 @@ CHANGES = {  # of a run's folder, its place and the code in the working folder; 
     "its settings, for a group": (lambda run: opened(run / "config.toml", 0o020), SETTINGS),
     "its folder": (lambda run: opened(run), SETTINGS),
     "the folder of all runs": (lambda run: opened(run.parents[1], 0o002), SETTINGS),
-    "a link's target": (settings_elsewhere, SETTINGS),
-    "a linked folder": (folder_elsewhere, SETTINGS),
+    "a link's target": (lambda run: elsewhere(run / "config.toml", run.parents[2] / "shared", "config.toml"), SETTINGS),
+    "a linked folder": (lambda run: elsewhere(run.parent, run.parents[2] / "shared"), SETTINGS),
     "a sticky folder": (lambda run: opened(run.parents[1], 0o1777), None),
     "the working folder": (lambda run: opened(Path.cwd(), 0o002), "my_code.py is not your own alone"),
     "a module": (lambda run: opened(Path("my_code.py"), 0o002), "my_code.py is not your own alone"),
@@ -188,19 +173,12 @@ def test_a_link_of_somebody_else_is_not_ones_own(stored, monkeypatch, tmp_path):
     open_settings(folder, SETTINGS)
 
 
-class Remote(Storage):
-    """An object store: a local folder that pretends not to be one."""
-
-    local = None
-
-
-def test_an_object_store_has_no_owners(stored, tmp_path):
-    config = stored("my_code:net").config
-    remote = Remote(str(tmp_path / "runs"), "train", "one")
-    with pytest.raises(UserError, match="is not your own alone and names code"):
-        resolve.check_code(remote, config)
+def test_an_object_store_has_no_owners(stored, monkeypatch):
+    folder = stored("my_code:net")
+    monkeypatch.setattr(Storage, "local", None)
+    open_settings(RunFolder(folder.storage), "is not your own alone and names code")
     with pytest.raises(UserError, match=r"space.py is not your own alone and would be run as code: --trust lets it"):
-        resolve.check_file_of_code(remote, "space.py")
+        resolve.check_file_of_code(folder.storage, "space.py")
 
 
 COMMANDS = [

@@ -55,23 +55,21 @@ def parted(address: str) -> tuple[str, tuple[str, ...]]:
     >>> parted("s3://bucket/runs?region=x#/train/one")
     ('s3://bucket/runs?region=x', ('train', 'one'))
     """
-    if not is_uri(address):
+    try:
+        if is_uri(address):
+            base, _, below = address.partition("#")
+            names = tuple(name for name in below.split("/") if name)
+            if ".." in names:
+                raise ValueError("names behind # cannot be ..")
+            return base, names
         if address.startswith(SCHEMES):
-            raise UserError(f"cannot use {address!r} as a folder: a URI has // behind the colon")
+            raise ValueError("a URI has // behind the colon")
         if "\0" in address:
-            raise UserError(f"cannot use {address!r} as a folder: a path cannot contain NUL")
-        try:
-            address.encode()
-            return str(Path(address).expanduser().absolute()), ()  # workers may run in another folder
-        except UnicodeEncodeError:
-            raise UserError(f"cannot use {address!r} as a folder: its name is not UTF-8") from None
-        except RuntimeError as error:  # ~ of an unknown user
-            raise UserError(f"cannot use {address!r} as a folder: {error}") from None
-    base, _, below = address.partition("#")
-    names = tuple(name for name in below.split("/") if name)
-    if ".." in names:
-        raise UserError(f"cannot use {address!r} as a folder: names behind # cannot be ..")
-    return base, names
+            raise ValueError("a path cannot contain NUL")
+        address.encode()
+        return str(Path(address).expanduser().absolute()), ()  # workers may run in another folder
+    except (ValueError, RuntimeError) as error:  # the second: ~ of an unknown user
+        raise UserError(f"cannot use {address!r} as a folder: {error}") from None
 
 
 def folder_and_name(file: str) -> tuple[str, str]:

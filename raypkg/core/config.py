@@ -53,8 +53,6 @@ class Settings(BaseModel):
             chosen = value.get("name") if isinstance(value, Mapping) else value
             if optional and _is_off(chosen):
                 converted[name] = None
-            elif optional and chosen == "none":
-                raise UserError(f"{name} = none is now called false")
             elif optional and _is_on(value) and part_of(field):
                 converted[name] = {}
             elif is_list(field) and isinstance(value, str):
@@ -115,9 +113,6 @@ def load_settings(
 ) -> S:
     """Build settings from defaults, nested values and dotted overrides; the first error is one line."""
     values = dict(base or {})
-    for name, field in fields_of(schema).items():
-        if _is_off(values.get(name)) and part_of(field) and NoneType not in alternatives(field):
-            raise UserError(f"{name} = false: only optional parts can be disabled")
     overrides = overrides or {}
     check_switches(overrides)
     for name, value in overrides.items():
@@ -128,13 +123,9 @@ def load_settings(
         for key in path[:-1]:
             # A shorthand on the way is replaced by the part that it stands for.
             inner = around.get(key)
-            if inner is None or _is_on(inner) or _is_off(inner):
-                inner = {}
-            elif isinstance(inner, str):
+            if isinstance(inner, str) and not (_is_on(inner) or _is_off(inner)):
                 inner = {"name": inner}
-            elif not isinstance(inner, dict):
-                raise UserError(f"{key} = {shown(inner)} is given, so {name} cannot be")
-            around[key] = dict(inner)
+            around[key] = dict(inner) if isinstance(inner, dict) else {}
             around = around[key]
         around[path[-1]] = value
     return validate(schema, values)

@@ -57,10 +57,9 @@ def check_cache_room(folder: Path, size: int, what: str) -> None:
     """Refuse to write more bytes than the disk of a cache folder has free."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise UserError(
-            f"the data cache {str(folder)!r} on {node()} has {free / 1e9:.1f} GB of room, {what} takes"
-            f" {size / 1e9:.1f} GB: name a folder on a larger disk in EFFRAY_CACHE"
-        )
+        room = f"the data cache {str(folder)!r} on {node()} has {free / 1e9:.1f} GB of room"
+        needed = f"{what} takes {size / 1e9:.1f} GB"
+        raise UserError(f"{room}, {needed}: name a folder on a larger disk in EFFRAY_CACHE")
 
 
 def readable(size: float) -> str:

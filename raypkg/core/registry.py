@@ -151,8 +151,9 @@ class Registry:
         """Register the decorated function; its signature is validated at once."""
 
         def register(function: F) -> F:
-            if taken := self._entries.get(name):
-                self._check_unique(name, taken.function.__module__, function.__module__)
+            taken, here = self._entries.get(name), function.__module__
+            if taken and (there := taken.function.__module__) != here:  # a module registers again when it is reloaded
+                raise UserError(f"{self.kind} {name!r} is registered twice, in {there} and {here}")
             self._entries[name] = self._entry(name, function, source)
             return function
 
@@ -163,19 +164,10 @@ class Registry:
         entry.schema  # noqa: B018 - a bad signature fails at registration, not at first use
         return entry
 
-    def _check_unique(self, name: str, there: str, here: str) -> None:
-        if there != here:  # the same module registers again when it is reloaded
-            raise UserError(f"{self.kind} {name!r} is registered twice, in {there} and {here}")
-
     @cached_property
     def written(self) -> Mapping[str, Decorated]:
         """The entries in the source by name; nothing is imported."""
-        written: dict[str, Decorated] = {}
-        for place in self.places:
-            for found in _decorated_in(place, self.decorator):
-                first = written.setdefault(found.name, found)
-                self._check_unique(found.name, first.module, found.module)
-        return written
+        return {found.name: found for place in self.places for found in _decorated_in(place, self.decorator)}
 
     @property
     def lines(self) -> Mapping[str, str]:

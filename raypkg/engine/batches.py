@@ -77,10 +77,8 @@ class Batches:
     def __post_init__(self) -> None:
         smallest, world = min(self.batch_size, len(self.coreset)), self.worker.world
         if smallest < world:
-            raise UserError(
-                f"batches of {smallest} samples cannot be shared by {world} workers: lower cluster.workers or use more"
-                " samples"
-            )
+            problem = f"batches of {smallest} samples cannot be shared by {world} workers"
+            raise UserError(f"{problem}: lower cluster.workers or use more samples")
         if self.split.blocks is not None:
             self.split.blocks.hold_for(self.coreset.indices, self.batch_size, 1 + MOST_AHEAD, world)
 
@@ -209,7 +207,6 @@ def ahead(load: Callable[[J], T], jobs: Iterable[J], threads: int = 1) -> Iterat
 
 
 def _bytes(value: object) -> int:
-    """Return the bytes of the tensors in a batch."""
     if isinstance(value, Tensor):
         return value.nbytes
     return sum(map(_bytes, value)) if isinstance(value, tuple) else 0

@@ -146,10 +146,8 @@ def train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
     loss, correct, samples = run.worker.sum(totals).tolist()
     if not math.isfinite(loss):
         kept = f"; the checkpoint of epoch {run.epoch} stays" if run.epoch else ""
-        raise UserError(
-            f"the loss became {loss} in epoch {run.epoch + 1} of phase {run.phase!r}"
-            f" (lr {settings.lr}): lower the learning rate{kept}"
-        )
+        where = f"in epoch {run.epoch + 1} of phase {run.phase!r} (lr {settings.lr})"
+        raise UserError(f"the loss became {loss} {where}: lower the learning rate{kept}")
     metrics = {"loss": loss / samples, "train_accuracy": correct / samples, "lr": rate}
     if settings.clip:
         norm = torch.stack(norms).double()
@@ -309,8 +307,6 @@ def evaluate(
     >>> evaluate(model, split)["accuracy"]
     1.0
     """
-    if not isinstance(split, Split):
-        raise UserError(f"a {type(split).__name__} is no Split, such as load_data(…).test")
     indices = torch.arange(len(split)) if indices is None else indices
     worker = worker or Worker()
     cost = cost or Cost("evaluate")

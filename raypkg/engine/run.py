@@ -209,37 +209,28 @@ class Run:
             epoch = supplier.batches(self)
             if epoch is not None:
                 return epoch
-        coreset = self.coreset
-        last = int(coreset.indices.max()) if len(coreset) else 0
-        if last >= len(self.split):
-            raise UserError(f"the coreset has index {last}, these samples end at {len(self.split) - 1}")
-        check_weights(coreset, "the coreset")
+        check_weights(self.coreset, "the coreset")
         local = self.split.local  # None unless the samples are read by blocks
-        if local is not None and not torch.isin(coreset.indices, local).all():
-            raise UserError(
-                "a hook set run.coreset to samples outside the given coreset, the only ones copied to this machine:"
-                " omit dataset.streamed"
-            )
-        size, dtype = self.settings.batch_size, dtype_of(self.model)
+        if local is not None and not torch.isin(self.coreset.indices, local).all():
+            problem = "a hook set run.coreset to samples outside the given coreset, the only ones on this machine"
+            raise UserError(f"{problem}: omit dataset.streamed")
         shuffled = Batches(
-            self.split, coreset, size,
-            seed=self.seed, augment=self.augment, worker=self.worker, dtype=dtype, empty=self._buffers.empty,
+            self.split, self.coreset, self.settings.batch_size, seed=self.seed, augment=self.augment,
+            worker=self.worker, dtype=dtype_of(self.model), empty=self._buffers.empty,
         )  # fmt: skip
         return Epoch(len(shuffled), shuffled.epoch(self.epoch))
 
     def bill(self, name: str) -> Cost:
-        """Return this worker's bill for work other than training itself; every worker must open the same bills."""
+        """Return this worker's bill for work other than training itself."""
         return self._bills.setdefault(name, Cost(name))
 
     def bills(self) -> list[Cost]:
         """Return the cost of each part of the run so far, over all workers (a collective) and all attempts."""
-        names = self.worker.gather(list(self._bills))
-        if any(others != names[0] for others in names):  # gathering the bills would wait forever
-            raise UserError(f"a hook opened a bill on some workers only: they have {names}")
+        everyone = self.worker.gather(self._bills)
         bills = []
-        for name, mine in self._bills.items():
-            earlier = self._earlier.get(name, Cost(name))
-            bills.append(earlier.then(mine.gathered(self.worker)))
+        for name in dict.fromkeys(name for each in everyone for name in each):
+            joint = Cost.joined(name, [each[name] for each in everyone if name in each])
+            bills.append(self._earlier.get(name, Cost(name)).then(joint))
         return bills
 
     def state_dict(self, bills: Sequence[Cost]) -> dict[str, Any]:

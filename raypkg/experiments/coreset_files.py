@@ -105,8 +105,8 @@ def load_coreset(path: str, samples: Samples, dataset: Dataset) -> Coreset:
         raise UserError(f"{path} has index {last}, this data set ends at {len(split) - 1}")
     indices = torch.tensor(positions, dtype=torch.int64)
     if leaked := int(torch.isin(indices, samples.held_out).sum()):
-        problem = f"{leaked} of the {len(indices)} samples in {path} are held out here"
-        raise UserError(f"{problem}: give its --seed and --dataset.validation")
+        advice = "give its --seed and --dataset.validation"
+        raise UserError(f"{leaked} of the {len(indices)} samples in {path} are held out here: {advice}")
     weights = column_of(table, "weight", path, is_number)
     coreset = Coreset(indices, torch.tensor(weights, dtype=torch.float32))
     check_weights(coreset, path)
@@ -124,8 +124,6 @@ def _classes(split: Split, positions: Tensor) -> list[str]:
 def read_coreset(path: str) -> pa.Table:
     """Return a coreset file's table: index, weight, class and perhaps score."""
     folder, name = Storage.around(path)
-    if not name or "\0" in name or folder.list(name):
-        raise UserError(f"{path!r} is no coreset file")
     table = folder.read_table(name)
     if table is None:
         raise UserError(f"there is no coreset file {path}")
@@ -137,8 +135,6 @@ def read_coreset(path: str) -> pa.Table:
 
 def column_of(table: pa.Table, name: str, path: str, fits: Callable[[pa.DataType], bool]) -> np.ndarray:
     """Return a column, without nulls and of a fitting type, of a table that a user may have chosen or replaced."""
-    if name not in table.column_names:
-        raise UserError(f"{path} has no column {name}: it has {', '.join(table.column_names)}")
     values = table[name]
     nulls = values.null_count
     if not fits(values.type) or nulls:
@@ -193,8 +189,6 @@ def picks_of(run: RunFolder) -> np.ndarray:
     picked = _column(run, CORESET, "index", pa.types.is_integer)
     if picked is None:
         raise UserError(f"{run.name} saved no coreset: there is no {CORESET} to compare")
-    if not len(picked):
-        raise UserError(f"{run.storage.root}/{CORESET} holds no sample")
     return picked
 
 

@@ -94,8 +94,6 @@ def _batches(
         from raypkg.data.store.images import decode_all
 
         files = files_below(place, SUFFIXES) if place.is_dir() else [place]
-        if not files:
-            raise UserError(f"folder {source!r} holds no images ({', '.join(sorted(SUFFIXES))})")
         for start in range(0, len(files), BATCH):
             chunk = files[start : start + BATCH]
             names = [str(file).encode(errors="surrogateescape").decode(errors="backslashreplace") for file in chunk]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
+from raypkg.core.config import dotted
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset, Experiment, RunSettings
@@ -119,15 +120,10 @@ def new_model(settings: Experiment, data: Data) -> Classifier | LanguageModel:
 
 def _check_answers(settings: Experiment, train: Split) -> None:
     """Refuse what does nothing in the training of a language model, and samples without an answer."""
-    if settings.dataset.noise:
-        raise UserError(f"dataset.noise = {settings.dataset.noise:g}: a language model sees no labels to be wrong")
-    for part in ("train", "pretrain"):
-        for name in ("label_smoothing", "loss", "metric"):
-            if value := getattr(getattr(settings, part, None), name, None):
-                raise UserError(f"{part}.{name} = {value}: a language model has no logits and labels of classes")
+    for name, value in dotted(settings.model_dump()).items():
+        if value and name.endswith((".noise", ".label_smoothing", ".loss", ".metric")) and ".options." not in name:
+            raise UserError(f"{name} = {value}: a language model has no logits and labels of classes")
     x, _ = train.batch(train.spread(LOOK, blocks=LOOKED_AT).unique())
     if not (x[:, 1, 1:] == 1).any(1).all():
-        raise UserError(
-            f"dataset {settings.dataset.name!r} has texts without an answer, the only part that carries loss: a"
-            " language model is trained on instructions:PATH"
-        )
+        problem = "has texts without an answer, the only part that carries loss"
+        raise UserError(f"dataset {settings.dataset.name!r} {problem}: a language model needs instructions:PATH")

@@ -181,10 +181,8 @@ def check_same_tokens(here: Dataset, there: Dataset, data: Data, run: str) -> No
         return
     own = here.options.get("tokenizer")
     if not own or own != there.options.get("tokenizer"):
-        raise UserError(
-            f"the texts of {here.name!r} are not cut into the tokens of run {run!r}, which trained on {there.name!r}:"
-            " both need one dataset.options.tokenizer"
-        )
+        problem = f"the texts of {here.name!r} are not cut into the tokens of run {run!r}, trained on {there.name!r}"
+        raise UserError(f"{problem}: both need one dataset.options.tokenizer")
 
 
 # First weights of a training: another run's model, or a file
@@ -214,10 +212,9 @@ def first_weights(settings: RunSettings, samples: Samples, root: str) -> dict[st
         check_same_tokens(here, there, samples.data, run.name)
         same_data = (here.name, here.options) == (there.name, there.options)
         if same_data and here.validation and (theirs.seed, there.validation) != (settings.seed, here.validation):
-            raise UserError(
-                f"train.from = {run.name}: it trained on samples that are held out here: its seed is {theirs.seed} and"
-                f" its dataset.validation {there.validation:g}, here they are {settings.seed} and {here.validation:g}"
-            )
+            seeds = f"its seed is {theirs.seed} and its dataset.validation {there.validation:g}"
+            ours = f"here they are {settings.seed} and {here.validation:g}"
+            raise UserError(f"train.from = {run.name}: it trained on samples that are held out here: {seeds}, {ours}")
         storage, file = run.storage, MODEL
     elif file not in storage.list():
         raise UserError(f"train.from: there is no file {train.from_}")
@@ -282,6 +279,5 @@ class FirstWeights(Hook):
 
 
 def _some(names: Sequence[str]) -> str:
-    """List the first names, and the number of others."""
     listed = ", ".join(names[:NAMED]) or "none"
     return f"{listed} and {len(names) - NAMED} more" if len(names) > NAMED else listed

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
-from raypkg.core.errors import UserError, shown
+from raypkg.core.errors import UserError
 from raypkg.core.registry import imported
 from raypkg.core.settings import Experiment, Reselect, Train, Training
 from raypkg.coresets.record import Record, Recorder
@@ -27,7 +27,7 @@ from raypkg.engine.run import Hook, Results, Run, hook
 from raypkg.engine.worker import Cost, Worker, whole
 from raypkg.models.classifier import classifier
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
-from raypkg.runs.folder import CORESET, GROWING, MODEL, NAME, SCORES, Manifest
+from raypkg.runs.folder import CORESET, GROWING, MODEL, SCORES, Manifest
 from raypkg.runs.plots import save_plot
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
@@ -174,7 +174,6 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
 
 
 def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> list[Hook]:
-    """Return the hooks of a training in the order in which they act."""
     split = samples.data.train
     settings = job.training
     recorder = Recorder(split.y)
@@ -184,8 +183,7 @@ def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> li
             hooks.append(FirstWeights(load_tensors(job.storage, FIRST), settings.from_))
         if settings.keep == "best":
             if not len(samples.held_out):
-                problem = "train.keep = best is by held-out samples, and there are none"
-                raise UserError(f"{problem}: raise dataset.validation")
+                raise UserError("train.keep = best: there are no held-out samples to go by, raise dataset.validation")
             hooks.append(BestEpoch(settings.best_by, settings.patience))
         if settings.average is not None:
             hooks.append(Average(settings.average))
@@ -209,10 +207,9 @@ def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> li
             closing.callback(one.close)
             hooks.append(one)
     suppliers = [type(one).__name__ for one in hooks if one.supplies_batches]
-    if len(suppliers) > 1:
-        raise UserError(f"hooks {' and '.join(suppliers)} both choose the batches: leave one of them out")
-    if suppliers and (job.select or job.coreset is not None):
-        raise UserError(f"hook {suppliers[0]} chooses the batches: a coreset or a selection would do nothing")
+    others = suppliers[1:] or ["a coreset or a selection"] * bool(job.select or job.coreset is not None)
+    if suppliers and others:
+        raise UserError(f"hook {suppliers[0]} chooses the batches: {others[0]} would do nothing")
     return sorted(hooks, key=lambda one: one.priority)
 
 
@@ -229,15 +226,10 @@ def _keep(run: Run, weights: dict[str, Tensor], job: Job, samples: Samples) -> d
         if isinstance(each, Recorder):
             save_record(storage, job.result, each.record)
         left = each.results(run)
-        who = f"hook {type(each).__name__}"  # it may be a user's
-        if not isinstance(left, Results):
-            raise UserError(f"{who}: results() returned a {type(left).__name__}, not raypkg.engine.run.Results")
-        if wrong := [name for name in (*left.tables, *left.plots) if not NAME.fullmatch(name)]:
-            raise UserError(f"{who}: {shown(wrong[0])} cannot be the name of a file: letters, digits and . _ - only")
         try:
             json.dumps(left.facts)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{who}: its facts must be plain values: {error}") from None
+            raise UserError(f"hook {type(each).__name__}: its facts must be plain values: {error}") from None
         for name, table in left.tables.items():
             file = f"{name}.parquet" if job.main else f"{job.phase}_{name}.parquet"
             if file in (CORESET, SCORES, GROWING, record_of(job.result)):

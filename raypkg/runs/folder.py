@@ -108,12 +108,10 @@ class RunFolder:
         self._saved = time.monotonic()
         self._has_unsaved = False
         if table := storage.read_table(GROWING):
-            for column in ("phase", "epoch"):
-                if column not in table.column_names:
-                    found = ", ".join(table.column_names)
-                    raise UserError(f"{storage.root}/{GROWING} has no column {column}: it has {found}")
-            for row in table.to_pylist():
-                self._rows[_key(row)] = _known(row)
+            try:
+                self._rows = {_key(row): _known(row) for row in table.to_pylist()}
+            except KeyError as missing:
+                raise UserError(f"{storage.root}/{GROWING} is corrupt: it has no column {missing}") from None
 
     @property
     def name(self) -> str:

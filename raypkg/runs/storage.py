@@ -356,10 +356,9 @@ def _sync(path: str) -> None:
 
 @contextmanager
 def _one_line(action: str, path: str) -> Iterator[None]:
-    """Turn an error of the file system into one line."""
     try:
         yield
-    except (OSError, pa.ArrowException) as error:  # the second of Azure's file system
+    except (OSError, ValueError, pa.ArrowException) as error:  # of a name with NUL, and of Azure's file system
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         reason = "the disk is full" if full else getattr(error, "strerror", None) or error
         raise UserError(f"cannot {action} {path!r}: {reason}") from None

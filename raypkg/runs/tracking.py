@@ -90,7 +90,6 @@ def wandb_settings(track: Track) -> "wandb.Settings":
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """Turn W&B's errors into one line."""
     import wandb
 
     try:

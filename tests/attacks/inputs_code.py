@@ -90,11 +90,8 @@ DATASETS = cases(
 )
 
 HOOK = """
-from raypkg import Hook
 def gives_none(): return None
 class NoHook: ...
-class Leaves(Hook):
-    def results(self, run): return 3
 """
 HOOKS = cases(
     "a hook of the user's",
@@ -102,7 +99,6 @@ HOOKS = cases(
     {
         "mine:gives_none": "gave an object of type NoneType, not a raypkg.Hook",
         "mine:NoHook": "gave an object of type NoHook, not a raypkg.Hook",
-        "mine:Leaves": "results() returned a int, not raypkg.engine.run.Results",
     },
     make=lambda folder, _: (folder / "mine.py").write_text(HOOK),
     leaves=("runs/train", "runs/train/digits-*"),

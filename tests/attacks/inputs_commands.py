@@ -101,7 +101,7 @@ CONFIG_FILES = cases(
     "a settings file",
     "train --config mine.toml --train.epochs 1 --model linear",
     {
-        "train = false": "train = false: only optional parts can be disabled",
+        "dataset = false": "dataset = False: input should be a valid dictionary",
         f"seed = {DEEP}": "'mine.toml' is not valid TOML: its brackets are nested too deeply",
         "[model.options]\nx = " + "[" * 100 + "]" * 100: "'mine.toml' has values nested more than 32 deep",
         "seed = 1" + "0" * 5000: "'mine.toml' is not valid TOML: Exceeds the limit",

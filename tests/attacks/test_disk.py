@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from itertools import cycle
@@ -167,26 +166,3 @@ def test_the_disk_of_the_data_cache_is_full_or_its_user_dies(tmp_path, act):
         else:
             assert ended.code == DEATH, operation
         assert describe(Disk(cache)) == expected, operation
-
-
-def test_a_small_disk_that_is_made_larger(tmp_path):
-    """A true one, where the machine lets us mount it."""
-    small = tmp_path / "runs"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24k", "small", str(small)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("nothing can be mounted here")
-    try:
-        line = f"{LINES['train']} --name one"
-        assert "the disk is full" in effray(line, tmp_path, quick).line
-        check_whole(small)
-        subprocess.run(["mount", "-o", "remount,ro,size=24k", small], check=True)
-        again = effray("train --resume one", tmp_path, quick)
-        assert "Read-only file system" in again.line or "unknown train run" in again.line
-        subprocess.run(["mount", "-o", "remount,rw,size=64m", small], check=True)
-        again = effray("train --resume one" if (small / "train" / "one").exists() else line, tmp_path, quick)
-        assert again.code == 0, again
-        assert effray(f"{LINES['train']} --name one --root other", tmp_path, quick).code == 0
-        assert files(small / "train" / "one") == files(tmp_path / "other" / "train" / "one")
-    finally:
-        subprocess.run(["umount", small], check=True)

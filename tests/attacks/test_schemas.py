@@ -26,14 +26,8 @@ VALUES = st.recursive(
     max_leaves=5,
 )
 BILL = {"phase": "train", "forward": 2, "backward": 1, "seconds": 1.5, "memory": 9, "waited": 0.5, "sent": 3}
-PHASE = {
-    "costs": [BILL],
-    "elapsed": 2.0,
-    "findings": ["x"],
-    "files": {"a.parquet": "0" * 32},
-    "number": 0,
-    "main": True,
-}
+FILES = {"a.parquet": "0" * 32}
+PHASE = {"costs": [BILL], "elapsed": 2.0, "findings": ["x"], "files": FILES, "number": 0, "main": True}
 MANIFEST = {
     **{"phases": [BILL], "samples": 9, "coreset": 3, "seconds": 1.5, "elapsed": 2.0, "full_training_backward": 90},
     **{"test_accuracy": 0.5, "test_loss": 0.7, "findings": ["x"], "taken_over": {"select": "one"}, "files": {}},

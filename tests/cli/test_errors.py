@@ -111,7 +111,7 @@ def test_coreset_files(refusal, tmp_path, columns, message):
     pq.write_table(pa.table(columns), tmp_path / "mine.parquet")
     assert message in refusal("train --coreset mine.parquet --model linear")
     for option in ("--coreset .", "--dataset.only="):
-        assert "is no coreset file" in refusal(f"train --model linear {option}")
+        assert "it is not a regular file" in refusal(f"train --model linear {option}")
 
 
 def write_table(shift=0.0):

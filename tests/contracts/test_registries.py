@@ -32,7 +32,10 @@ def everything_imported():
             importlib.import_module(module)
 
 
-@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
+every_registry = pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
+
+
+@every_registry
 def test_the_names_in_the_source_are_those_that_imports_register(everything_imported, registry):
     registered = {name: entry.function.__module__ for name, entry in registry._entries.items()}
     ours = {name: module for name, module in registered.items() if module.startswith("raypkg.")}
@@ -40,7 +43,7 @@ def test_the_names_in_the_source_are_those_that_imports_register(everything_impo
     assert {name: found.module for name, found in registry.written.items()} == ours
 
 
-@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
+@every_registry
 def test_every_entry_is_found_by_its_name(registry):
     for name, found in registry.written.items():
         entry = registry[name]
@@ -108,8 +111,9 @@ def test_a_name_stands_in_one_module_only(package):
     from registry_example import kind
 
     (package / "same.py").write_text(ONE)
+    importlib.import_module("registry_example.one")
     with pytest.raises(UserError, match=r"kind 'one' is registered twice, in registry_example\.one and .*\.same"):
-        kind["won"]
+        kind["one"]
 
 
 def test_registration_refuses_an_untyped_option():

@@ -7,24 +7,11 @@ from types import SimpleNamespace
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from raypkg.cli import main
-from raypkg.core.config import load_stored
 from raypkg.core.errors import UserError
-from raypkg.experiments.resolve import resolve
 from raypkg.experiments.train import TrainSettings
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
 from raypkg.runs.tracking import TRACKERS
-
-RUN = ["train", "--model", "linear", "--train.epochs", "2", "--train.evaluate_every_epochs", "1", "--name", "one"]
-
-
-def trained(monkeypatch, folder, *options):
-    monkeypatch.chdir(folder)
-    with pytest.raises(SystemExit) as ended:
-        main([*RUN, "--cluster.workers", "0", *options])
-    assert not ended.value.code
-    return RunFolder(Storage("runs/train/one"))
 
 
 def events(path):
@@ -36,8 +23,9 @@ def events(path):
         content = content[16 + length :]
 
 
-def test_tensorboard_has_the_rows_by_epoch_and_the_summary(monkeypatch, tmp_path, capsys, blank_pictures):
-    run = trained(monkeypatch, tmp_path, "--track", "tensorboard")
+def test_tensorboard_has_the_rows_by_epoch_and_the_summary(effray, tmp_path):
+    out = effray("train --name one --model linear --train.epochs 2 --train.evaluate_every_epochs 1 --track tensorboard")
+    run = RunFolder(Storage("runs/train/one"))
     (file,) = tmp_path.glob("runs/train/one/tensorboard/events.*")
     values = [(value.tag, event.step, value) for event in events(file) for value in event.summary.value]
     scalars = {(tag, step): value.simple_value for tag, step, value in values}
@@ -45,17 +33,13 @@ def test_tensorboard_has_the_rows_by_epoch_and_the_summary(monkeypatch, tmp_path
         assert scalars["train/valid_loss", row["epoch"]] == pytest.approx(row["valid_loss"])
     assert scalars["summary/test_accuracy", 0] == pytest.approx(run.summary["test_accuracy"])
     assert values[0][0].startswith("config") and "epochs = 2" in str(values[0][2].tensor)
-    assert f"TensorBoard: tensorboard --logdir {tmp_path}/runs/train/one/tensorboard" in capsys.readouterr().out
+    assert f"TensorBoard: tensorboard --logdir {tmp_path}/runs/train/one/tensorboard" in out
 
 
-def test_what_is_not_installed_is_refused(monkeypatch):
+def test_what_is_not_installed_is_refused(refusal, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(UserError, match=r"tensorboard needs the package 'tensorboardX': pip install 'effray\[tensorb"):
-        resolve(TrainSettings, {}, {"track.name": "tensorboard"})
-
-
-def test_a_run_that_was_tracked_by_mlflow_still_opens():
-    assert load_stored(TrainSettings, {"track": {"name": "mlflow", "project": "mine"}}).track.name is None
+    line = refusal("train --track tensorboard")
+    assert "tensorboard needs the package 'tensorboardX': pip install 'effray[tensorboard]'" in line
 
 
 def test_event_files_are_local():
