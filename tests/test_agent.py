@@ -126,17 +126,11 @@ def test_kept_gradients_are_those_that_would_be_computed_again(monkeypatch):
     assert (kept.line, again.line) == (1 / 2, 1 / 3)
 
 
-class Supplier(Hook):
-    supplies_batches = True
-
-    def batches(self, run):
-        return None
-
-
 @pytest.mark.parametrize("other", ["supplier", "dropout"])
 def test_gradients_are_not_kept_if_steps_may_see_others(other):
-    hook = corrected()
-    trained = fit(run(hook, Supplier()) if other == "supplier" else run(hook, model=dropping()))
+    hook, supplier = corrected(), Hook()
+    supplier.supplies_batches = True
+    trained = fit(run(hook, supplier) if other == "supplier" else run(hook, model=dropping()))
     assert hook.agent.full and not hook.kept
     assert trained.bill("correction").backward == trained.bill("full gradient").backward == 5 * N
 

@@ -25,12 +25,8 @@ EPOCHS, BATCH, SEED = 6, 200, 3
 SOME = [3, 14, 15]
 
 
-def rows(n=90, seed=0):
-    x = np.random.default_rng(seed).normal(size=(n, 4))
-    return x, np.where(x[:, 0] > 0, "yes", "no")
-
-
-X, Y = rows()
+X = np.random.default_rng(0).normal(size=(90, 4))
+Y = np.where(X[:, 0] > 0, "yes", "no")
 XT, YT = torch.from_numpy(X.astype(np.float32)), torch.from_numpy((Y == "yes").astype(np.int64))
 
 
@@ -213,14 +209,11 @@ def test_saved_and_loaded_equals_never_saved(tmp_path, kept):
 
 
 def test_a_temporary_folder_ends_with_the_object():
-    model = small().fit(X, Y)
-    folder = model._run.storage.root
-    model.fit(X, Y)
-    assert not os.path.exists(folder)
-    folder = model._run.storage.root
-    assert os.path.exists(folder)
+    model = small()
+    folders = [model.fit(X, Y)._run.storage.root for _ in range(2)]
+    assert [os.path.exists(folder) for folder in folders] == [False, True]
     del model
-    assert not os.path.exists(folder)
+    assert not os.path.exists(folders[1])
 
 
 def test_folders_that_are_no_place_for_a_record_are_refused(tmp_path):

@@ -123,6 +123,7 @@ def test_images_arrive_as_they_are():
         ((X, Y + 10**12), {}, "takes labels below 1048576; the largest is 1000000000002"),
         ((X, torch.arange(120) % 4), {}, r"model 'Sequential' maps inputs \(2, 6\) to \(2, 3\), not to \(2, 4\)"),
         ((X * torch.nan, Y), {}, "to NaN or infinity"),
+        ((X[:0], Y[:0]), {}, "takes at least one sample; the data set is empty"),
         ((X, Y[:5]), {}, r"takes tensors \(x, y\) of equal lengths, not \[120, 5\]"),
         ([{"x": x, "labels": 0} for x in X], {}, r"takes samples \(x, y\), not mappings"),
         (X, {}, r"the data set must return pairs \(x, y\); a batch is a Tensor"),

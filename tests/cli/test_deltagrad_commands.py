@@ -164,7 +164,6 @@ def test_tables_are_deleted_by_their_columns(effray, tmp_path):
     ("arguments", "message"),
     [
         ("delete a", r"give one of --ids, --where and --from-audit"),
-        ("delete a --where 'label = 3'", r"delete_where: this would delete the whole class '3', leave one"),
         ("delete a --ids 1 --workers 2", r"--workers is now called --cluster.workers"),
         ("verify a --threads 2", r"--threads is now called --cluster.cpus_per_worker"),
     ],

@@ -34,7 +34,6 @@ class AgentOptions(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        """Refuse settings that would do nothing."""
         if self.form == "linear" and self.alpha != type(self).model_fields["alpha"].default:
             raise UserError("agent.form = linear follows the time: agent.alpha would do nothing")
         if self.form != "measured" and self.always:

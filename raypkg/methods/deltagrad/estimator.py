@@ -275,7 +275,6 @@ class DeltaGrad:
         return model.set_params(seed=settings.seed, **values)
 
     def _open(self, folder: RunFolder) -> Self:
-        """Take the state that a folder holds."""
         root = folder.storage.root
         if not folder.storage.read(LOG):
             raise UserError(f"{root!r} holds no complete record of DeltaGrad: it does not exist or has no {LOG}")
@@ -339,7 +338,6 @@ class DeltaGrad:
     # Parameters, in scikit-learn's manner
 
     def _settings(self) -> DeltaGradSettings:
-        """Return the constructor's arguments as settings; invalid ones are refused."""
         values = {name: value.item() if isinstance(value, np.generic) else value for name, value in vars(self).items()}
         parts = {part: {name: values[name] for name in names} for part, names in PARTS.items()}
         return validate(DeltaGradSettings, {**parts, "seed": values["seed"]})

@@ -185,7 +185,6 @@ def group_sizes(requests: Iterable[Mapping[str, Any]], new: int) -> list[int]:
 
 
 def _sealed(body: Mapping[str, Any]) -> Entry:
-    """Return an entry with its digest."""
     return {**body, "digest": digest(json.dumps(body, sort_keys=True).encode()).hex()}
 
 

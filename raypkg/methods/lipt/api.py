@@ -118,6 +118,8 @@ def as_split(dataset: Labelled) -> Split:
     if isinstance(dataset, Split):
         return dataset
     pairs = as_dataset(dataset, "lipt.pretrain")
+    if not len(pairs):  # type: ignore[arg-type]  # it has a length
+        raise UserError("lipt.pretrain takes at least one sample; the data set is empty")
     positions = torch.arange(len(pairs)).split(AT_ONCE)  # type: ignore[arg-type]
     batches = load_batches(pairs, positions, seed=0, collate_fn=default_collate)
     y = torch.cat([labels.cpu() for _, labels, _ in batches])

@@ -166,7 +166,6 @@ class SparseSettings(Sparsity, Experiment):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        """Refuse settings without effect, and choices that contradict each other."""
         grows = self.growth is not None
         from_dense = self.sparse_init.name == "dense"
         if self.density is None:
