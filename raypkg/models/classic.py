@@ -1,4 +1,4 @@
-"""Networks without shortcuts: logistic regression, perceptrons, LeNet, AlexNet and VGG.
+"""Plain networks: logistic regression, perceptrons, LeNet, AlexNet and VGG, and a transformer for texts.
 
 LeNet (LeCun et al. 1998) is in today's form: ReLU, a linear head. AlexNet and VGG for small images are those that
 pruning papers train (Lee et al. 2019, SNIP): with batch norm.
@@ -8,17 +8,20 @@ import math
 from itertools import pairwise
 from typing import Annotated, Literal
 
+import torch
+import torch.nn.functional as F
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from . import model
-from .classifier import Classifier, Probability, Shape, Width, flat_size, image_shape
+from .classifier import Classifier, Probability, Shape, Width, flat_size, image_shape, text_shape
 
 LECUN = "doi:10.1109/5.726791"
 SNIP = "arXiv:1810.02340"
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # VGG's (channels, convolutions), each ends in a max-pool
 UNITS = 512  # of VGG's hidden layers
 CONVOLUTIONS = ((96, 11), (256, 5), (384, 3), (384, 3), (256, 3))  # AlexNet's (channels, kernel)
+SEGMENTS = 2  # of texts
 Norm = Literal["batch", "group"]
 GROUPS = 8  # of group norm, where the channels allow it
 
@@ -168,3 +171,85 @@ def alexnet(shape: Shape, num_classes: int, *, registered: str, dropout: Probabi
     features.extend(hidden_layer(units, units, dropout))  # [b, units]
     kaiming(features)
     return Classifier(features, nn.Linear(units, num_classes))
+
+
+@model("transformer", source="arXiv:1706.03762")
+def transformer(
+    shape: Shape,
+    num_classes: int,
+    *,
+    layers: Annotated[int, Field(ge=1, le=1000)] = 2,
+    width: Width = 128,
+    heads: Width = 4,
+    dropout: Probability = 0.1,
+) -> Classifier:
+    """Transformer encoder for texts: 2 layers of width 128, its features the mean over the tokens.
+
+    Differs from the paper: an encoder alone, with learned positions, GELU, and norms before each part (pre-norm).
+    """
+    length, vocabulary = text_shape(shape)
+    blocks = [EncoderLayer(width, heads, dropout) for _ in range(layers)]
+    return Classifier(Encoder(length, vocabulary, width, blocks, dropout), nn.Linear(width, num_classes))
+
+
+class Encoder(nn.Module):
+    """Texts of at most ``length`` tokens, int64 [b, 2, l] → features [b, D]."""
+
+    def __init__(self, length: int, vocabulary: int, width: int, blocks: list["EncoderLayer"], dropout: float):
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(length, width)
+        self.segments = nn.Embedding(SEGMENTS, width)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(width)
+        for table in (self.tokens, self.positions, self.segments):
+            if not table.weight.is_meta:  # it has no numbers while its size is checked
+                nn.init.normal_(table.weight, std=1 / math.sqrt(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mean over each text's tokens."""
+        tokens, segments = x.clamp_min(0).unbind(1)  # [b, l]; the embedding of padding has no effect
+        there = x[:, 0] >= 0  # [b, l]
+        position = torch.arange(x.shape[2], device=x.device)
+        embedded = self.tokens(tokens) + self.segments(segments) + self.positions(position)
+        h = self.dropout(embedded)  # [b, l, D]
+        for block in self.blocks:
+            h = block(h, there)
+        h = self.norm(h)
+        weight = there[:, :, None].to(h.dtype)  # [b, l, 1]
+        return (h * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and a two-layer perceptron, each added to its input: [b, l, D] → [b, l, D]."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Linear(4 * width, width),
+            nn.Dropout(dropout),
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h: Tensor, there: Tensor) -> Tensor:
+        """Return the next layer's input; nothing attends to padding, which ``there`` [b, l] excludes."""
+        normed = self.norm(h)
+        # softmax(QKᵀ/√d) V of every head, joined [b, l, D]
+        projections = (self.query, self.key, self.value)
+        query, key, value = (
+            layer(normed).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [b, heads, l, d]
+            for layer in projections
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=there[:, None, None])
+        h = h + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
+        return h + self.mlp(h)

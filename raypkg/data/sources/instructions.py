@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from raypkg.core.errors import UserError
-from raypkg.data.files import Place, check_alike
+from raypkg.data.files import check_alike
 from raypkg.data.split import Split
 from raypkg.data.store.cache import Cache
 from raypkg.data.tokenizer import STORED, pretrained_at, vocabulary_of
@@ -72,7 +72,7 @@ def load(
             raise UserError(f"option tokenizer = {tokenizer!r}: it has neither a chat template nor an end token")
         return lambda table, rows: table.encoded(found, rows, length), vocabulary_of(found.backend_tokenizer), ""
 
-    table = partial(InstructionTable, label=source)
+    table = partial(InstructionTable, columns=(), label=source, unlabelled=False)
     key = dict(source=source, form="instructions 1")
     return tokenised(root, table, encoder, key, split=split, cache=cache, tokenizer=tokenizer, length=length, test=test)
 
@@ -83,9 +83,6 @@ class InstructionTable(TextTable):
     usual: ClassVar[Sequence[tuple[str, ...]]] = (MESSAGES, PAIR)
     unusual: ClassVar[str] = "needed are prompt and completion, or messages"
     missing: ClassVar[str] = "source"
-
-    def __init__(self, files: list[Place], label: str):
-        super().__init__(files, (), label, unlabelled=False)
 
     def _labelled(self, tables: list[pa.Table], label: str) -> tuple[list[pa.Table], str, tuple[str, ...]]:
         if label or SOURCE in tables[0].column_names:

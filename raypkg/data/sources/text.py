@@ -134,7 +134,10 @@ def tokenised(
         first = {name: each[0] for name, each in files.items()}
         train_rows = split_rows(first, "train", len(train), test)
         rows = split_rows(first, split, len(table), test)
-        table.check_like(train)
+        for what in ("columns", "label", "class_names"):
+            ours, theirs = getattr(table, what), getattr(train, what)
+            if ours != theirs:
+                raise UserError(f"the {what} of {first[split]}, {ours}, are not those of {first['train']}, {theirs}")
         encode_rows, vocabulary, own = encoder(train, train_rows)
         header = Header("encoded", (length, vocabulary), train.classes, tokenizer=own)
 
@@ -173,7 +176,7 @@ class TextTable:
         self._unlabelled = unlabelled
         self._name = str(files[0])
         tables = [_read(file, label) for file in files]
-        tables, self.label, self._class_names = self._labelled(tables, label)
+        tables, self.label, self.class_names = self._labelled(tables, label)
         self._table = pa.concat_tables(tables)
         if unlabelled:
             self._table = self._table.filter(pc.invert(_missing(self._table[self.label])))
@@ -213,20 +216,10 @@ class TextTable:
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """The class names of the hub's metadata, else the sorted values of the label column."""
-        return self._class_names or tuple(map(str, sorted(set(self._labels))))  # type: ignore[type-var]  # all numbers or all texts
+        return self.class_names or tuple(map(str, sorted(set(self._labels))))  # type: ignore[type-var]  # all numbers or all texts
 
     def __len__(self) -> int:
         return len(self._table)
-
-    def check_like(self, train: TextTable) -> None:
-        """Refuse columns or class names that differ from those of the train split."""
-        for what, ours, theirs in (
-            ("text columns", self.columns, train.columns),
-            ("label column", self.label, train.label),
-            ("class names", self._class_names, train._class_names),
-        ):
-            if ours != theirs:
-                raise UserError(f"the {what} of {self._name!r}, {ours}, are not those of {train._name!r}, {theirs}")
 
     def texts(self, rows: np.ndarray) -> list[Text]:
         """Return the texts of rows, or the pairs; raises UserError if one is missing or blank."""
@@ -250,7 +243,7 @@ class TextTable:
     def y(self, rows: np.ndarray, train: TextTable) -> np.ndarray:
         """Return the labels of rows as numbers of the train split's classes, int64."""
         labels = [self._labels[row] for row in rows]
-        if not self._class_names:
+        if not self.class_names:
             return class_numbers([str(value) for value in labels], train.classes)
         y = np.array(labels, np.int64)
         check_labels(y, len(train.classes), lambda i: self._place(int(rows[i])))

@@ -1,4 +1,7 @@
+"""Images in parquet and in folders."""
+
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +17,7 @@ from raypkg.data.store import images
 PIXELS = samples.pixels(9)
 IMAGES = [samples.encode(image) for image in PIXELS]
 LABELS = np.arange(9) % 3
+SORTED = np.array([0, 0, 1, 1, 2, 2])
 
 
 @pytest.fixture
@@ -191,3 +195,78 @@ def test_real_data(tmp_path, real_data, name, shape, classes, sizes, mean):
     assert (train.shape, train.num_classes, (len(train), len(test))) == (shape, classes, sizes)
     assert train.mean == pytest.approx(mean, abs=5e-3)
     assert torch.bincount(test.y).min() > 0
+
+
+# Folders, a folder a class
+
+
+@pytest.fixture
+def root(tmp_path):
+    for split in ("train", "test"):
+        samples.write_folder(tmp_path / "set" / split, PIXELS[:6], SORTED)
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def load_folder(tmp_path):
+    return lambda **options: load_data(f"folder:{tmp_path / 'set'}", options, cache=tmp_path / "cache")
+
+
+def test_images_labels_and_names_come_through_from_folders(root, load_folder):
+    for split in load_folder():
+        x, y = split.batch(range(6))
+        assert split.classes == samples.CLASSES and split.shape == (3, 6, 5)
+        np.testing.assert_array_equal(x.permute(0, 2, 3, 1), PIXELS[:6])
+        np.testing.assert_array_equal(y, SORTED)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_names_of_the_test_folder_which_may_lack_classes(root, load_folder, name):
+    (root / "test").rename(root / name)
+    (root / name / "owl").rename(root / "train" / "owl" / "more")
+    assert len(load_folder().test) == 4 and load_folder().test.num_classes == 3
+
+
+def test_without_a_test_folder_a_share_is_drawn_from_the_files(root, load_folder, tmp_path):
+    samples.write_folder(tmp_path / "more", samples.pixels(40), np.arange(40) % 2)
+    for parent in (root, root / "train"):  # train/<class> alone, then <class> alone
+        for path in root.iterdir():
+            shutil.rmtree(path)
+        shutil.copytree(tmp_path / "more", parent if parent == root else root / "train", dirs_exist_ok=True)
+        data = load_folder(test=0.25)
+        assert (len(data.train), len(data.test)) == (30, 10) and data.train.num_classes == data.test.num_classes == 2
+        pictures = {x.numpy().tobytes() for split in data for x in split.batch(range(len(split)))[0]}
+        assert len(pictures) == 40  # disjoint, and all of them
+    (root / "held out").mkdir()
+    with pytest.raises(UserError, match="none of the folders test, val, valid, validation"):
+        load_folder()
+
+
+def test_nested_folders_and_other_files(root, load_folder):
+    inner = root / "train" / "cat" / "images"
+    inner.mkdir()
+    (root / "train" / "cat" / "000.png").rename(inner / "000.PNG")
+    (root / "train" / "cat" / "boxes.txt").write_text("0 0 1 1")
+    (root / "train" / ".hidden").mkdir()
+    assert len(load_folder().train) == 6 and load_folder().train.num_classes == 3
+
+
+def without_classes(root):
+    (root / "train").rename(root / "all")
+    (root / "train").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: (root / "train").rename(root / "training"), "no train split: none of the folders train"),
+        (lambda root: (root / "test").rename(root / "held out"), "none of the folders test, val, valid, validation"),
+        (without_classes, "train' holds no class folders"),
+        (lambda root: (root / "train" / "fox").mkdir(), r"train/fox' holds no images \(.bmp"),
+        (lambda root: (root / "test/owl").rename(root / "test/fox"), "'fox' of .*test' is not among the 3 classes of"),
+    ],
+)
+def test_refused_folders(root, load_folder, change, message):
+    change(root)
+    with pytest.raises(UserError, match=message):
+        load_folder()
