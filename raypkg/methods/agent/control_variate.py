@@ -28,14 +28,6 @@ SPARSELY = 8  # at most one such pair per 8 steps: a quarter of an epoch's gradi
 FALLEN = 0.5  # a learning rate that has halved causes a look: weights then stay closer to the snapshot
 
 
-def correct(gradients: list[Tensor], snapshot: list[Tensor], full: list[Tensor], weights: Tensor) -> None:
-    """Subtract a·(∇ℓ_B(θ̃) − g̃) from the gradients ∇ℓ_B(θ), in place, with one weight a per layer, [layers]."""
-    difference = torch._foreach_sub(full, snapshot)
-    by_layer = [weight.to(gradient.dtype) for weight, gradient in zip(weights, gradients, strict=True)]
-    torch._foreach_mul_(difference, by_layer)
-    torch._foreach_add_(gradients, difference)
-
-
 def spread(
     current: list[Tensor], snapshot: list[Tensor], current_before: list[Tensor], snapshot_before: list[Tensor]
 ) -> Tensor:

@@ -16,7 +16,7 @@ from raypkg.core.settings import Count
 from raypkg.coresets.batches import check_state, ranks_here
 from raypkg.models.classifier import in_mode, unwrapped
 
-from .control_variate import Weight, coefficient, correct, spread, variance_left
+from .control_variate import Weight, coefficient, spread, variance_left
 from .settings import AgentOptions
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -260,8 +260,10 @@ class GradientCorrection:
             after_and_before = variance_left(moments, weights)
             self.variance += after_and_before
             left = after_and_before[0] / after_and_before[1]
-        if corrects:
-            correct(gradient, snapshot, self.full, weights)
+        if corrects:  # subtract a·(∇ℓ_B(θ̃) − g̃), with one weight a per layer
+            difference = torch._foreach_sub(self.full, snapshot)
+            torch._foreach_mul_(difference, [a.to(g.dtype) for a, g in zip(weights, gradient, strict=True)])
+            torch._foreach_add_(gradient, difference)
         return c, left
 
     def state_dict(self) -> dict[str, Any]:
