@@ -282,7 +282,6 @@ PLAIN_LOSS = partial(weighted_loss, batch=STEP)
         (lambda: after(form="linear"), "epochs = None with form = linear"),
         (lambda: after(epochs=3), "epochs = 3 with form = published"),
         (lambda: GradientCorrection(network().requires_grad_(False)), "all parameters of the model are frozen"),
-        (lambda: GradientCorrection(optimizer_of(network())), r"model is of type SGD: give an nn\.Module"),
         (lambda: after().correct(PLAIN_LOSS), r"no snapshot yet: call snapshot\(batches\)"),
         (lambda: after(iter(stream(0))), "can be passed once only"),
         (lambda: after([], form="measured"), "there are no batches"),

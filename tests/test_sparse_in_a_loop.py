@@ -223,7 +223,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         (shared, None, {}, "or a layer of the model has a SparseTraining"),
         (sharded, None, {}, "weight is a Sharded: SparseTraining needs whole"),
         (other, alien, {}, r"the optimiser does not have \S+ of the model"),
-        (alien, optimizer, {}, r"model is of type SGD: give an nn\.Module"),
         (frozen, None, {}, "the model trains 0 weights of 0 linear and convolutional layers"),
         (other, None, {"density": 1e-3}, "trains 344 weights of 3 .* layers, 0 would exist: at least one each"),
         (other, None, {"growth": "gradien"}, "did you mean 'gradient'"),
