@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ray import tune
 
 from raypkg.cluster.session import LOOPBACK
 from raypkg.cluster.trials import draw_settings
@@ -20,7 +19,7 @@ from raypkg.experiments.resolve import check_names
 from raypkg.methods.sparse.settings import SparseSettings
 from raypkg.studies.driver import varied
 from raypkg.studies.start import SPACES as FOLDER
-from raypkg.studies.start import Space, check_space, open_space, read_space
+from raypkg.studies.start import check_space, open_space, read_space
 from raypkg.studies.tables import METRICS, open_table, shipped_files
 
 N = 45_000  # training samples
@@ -74,15 +73,6 @@ def test_a_space_or_table_of_the_working_folder_wins(tmp_path, monkeypatch):
     (tmp_path / "tune_spaces/tables/crest.py").touch()
     with pytest.raises(UserError, match=r"table 'tune_spaces/tables/crest.py' defines no function table"):
         open_table("crest")
-
-
-def test_a_space_of_too_many_values_is_refused_before_they_are_tried():
-    def check(values):
-        raise AssertionError("a value is tried")
-
-    space = Space(text="", domains={"seed": tune.choice(list(range(10_001)))}, metric="accuracy", mode="max")
-    with pytest.raises(UserError, match="space: seed has 10,001 values, of which 10,000 can be tried"):
-        check_space(space, check)
 
 
 def test_ray_is_confined_before_a_space_imports_it():

@@ -70,6 +70,7 @@ CHOICE = "'crest.b': tune.choice([1, 2])"
         ("'model': tune.choice(['mlp', 'linear'])", "--set model.name=mlp", "space: nothing is left to vary"),
         ("1: tune.choice([1])", "", "space 'mine.py': domains.1.[key] = 1: input should be a valid string"),
         ("'dataset.validation': tune.grid_search([0])", "", "trial 0: metric accuracy is measured on held-out samples"),
+        ("'seed': tune.choice([*range(10_001)])", "", "seed has 10,001 values, of which 10,000 can be tried"),
         (CHOICE, "--search grid --samples 3", "--samples 3: a grid has as many trials"),
         ("'seed': tune.randint(0, 10**9)", "--search grid", "1,000,000,000 combinations, at most 10,000"),
     ],

@@ -32,7 +32,7 @@ pytestmark = [
 PLAIN = "--model mlp --train.precision float32 --train.batch_size 64 --train.epochs 12"
 LIPT = f"lipt {PLAIN} --preset local-sgd --pretrain.models 4 --pretrain.epochs 3 --name run"
 CREST = f"crest {PLAIN} --preset each-step --budget 0.5 --crest.subset 0.1 --name run"
-TRAIN = f"train {PLAIN} --train.lr 0.001 --name run --set dataset.options.size=128"  # 24 MB of pixels: three blocks
+BLOCKS = f"train {PLAIN} --train.lr 0.001 --name run --set dataset.options.size=128 --dataset.window 2"  # 24 MB: three
 TOLERANCE = 1e-4  # of weights: other workers add in another order
 
 
@@ -125,7 +125,9 @@ def same(here, there):
 
 
 @pytest.mark.parametrize(
-    ("line", "streamed"), [(LIPT, False), (LIPT, True), (CREST, False)], ids=["lipt", "lipt by blocks", "crest"]
+    ("line", "streamed"),
+    [(LIPT, False), (LIPT, True), (CREST, False), (BLOCKS, True)],
+    ids=["lipt", "lipt by blocks", "crest", "blocks that no node holds"],
 )
 def test_a_run_in_a_bucket_survives_its_driver_and_a_node(
     line, streamed, digits, bucket_of_digits, nodes, bucket, tmp_path
@@ -133,12 +135,13 @@ def test_a_run_in_a_bucket_survives_its_driver_and_a_node(
     cluster, another = nodes
     kind = line.split()[0]
     at_home = Machine(tmp_path / "home")
-    at_home.run(f"{line} --dataset parquet:{digits} --root {tmp_path}/runs")
+    by_blocks = "--dataset.streamed {}" if streamed else ""
+    at_home.run(f"{line} --dataset parquet:{digits} --root {tmp_path}/runs {by_blocks.format(tmp_path / 'stores')}")
 
     outside = Machine(tmp_path / "outside", cluster.address)
     store = Storage(bucket("runs"))
     run = store / kind / "run"
-    by_blocks = f"--dataset.streamed {bucket('stores')}" if streamed else ""
+    by_blocks = by_blocks.format(bucket("stores"))
     process = outside.start(f"{line} --dataset parquet:{bucket_of_digits} --root {store.root} {by_blocks}")
     kill_when(lambda: run.list("checkpoints/train"), process)
 
@@ -149,25 +152,7 @@ def test_a_run_in_a_bucket_survives_its_driver_and_a_node(
     another()
     finish(process)
     same(Storage(f"{tmp_path}/runs/{kind}/run"), run)
-
-
-def test_a_set_that_no_node_holds(digits, bucket_of_digits, nodes, bucket, tmp_path):
-    cluster, _ = nodes
-    blocks = "--dataset.window 2 --dataset.streamed"
-    at_home = Machine(tmp_path / "home")
-    at_home.run(f"{TRAIN} --dataset parquet:{digits} {blocks} {tmp_path}/stores --root {tmp_path}/runs")
-
-    outside = Machine(tmp_path / "outside", cluster.address)
-    store = Storage(bucket("runs"))
-    run = store / "train/run"
-    process = outside.start(
-        f"{TRAIN} --dataset parquet:{bucket_of_digits} {blocks} {bucket('stores')} --root {store.root}"
-    )
-    kill_when(lambda: run.list("checkpoints/train"), process)
-    outside.run(f"train --resume run --root {store.root}")
-    same(Storage(f"{tmp_path}/runs/train/run"), run)
-    for number in (0, 1):
-        assert not list((tmp_path / f"node-{number}").glob("*.arrow"))
+    assert not (streamed and list(tmp_path.glob("node-*/*.arrow")))
 
 
 @pytest.mark.parametrize("line", [LIPT, CREST], ids=["lipt", "crest"])
