@@ -201,7 +201,8 @@ def _run_report(folder: RunFolder) -> Report:
     plots = [file.removesuffix(".png") for file in folder.storage.list(PLOTS)]
     plots.sort(key=lambda name: (not name.startswith("curves"), name))
     costs = cost_grid(f"costs of {folder.name}", summary["phases"])
-    sections: list[Section] = [(None, plots[:1]), *((grid, ()) for grid in tables(summary)), (costs, plots[1:])]
+    grids = [*tables(summary), costs]
+    sections: list[Section] = [(None, plots[:1]), *((grid, ()) for grid in grids), (None, plots[1:])]
     title = f"{folder.storage.parent.name} {folder.name}"
     return Report(title, finding, sections, lines, ["; ".join(fact for fact in facts if fact)])
 
