@@ -93,10 +93,8 @@ def test_moments_are_bias_corrected_means():
     moments = MovingMoments(zero, zero)
     for gradient, diagonal in rows:
         moments = moments.updated(gradient, diagonal)
-    for found, beta, values in (
-        (moments.gradient, 0.9, rows[:, 0]),
-        (moments.diagonal.square(), 0.999, rows[:, 1].square()),
-    ):
+    means = (moments.gradient, 0.9, rows[:, 0]), (moments.diagonal.square(), 0.999, rows[:, 1].square())
+    for found, beta, values in means:
         weights = torch.tensor([beta ** (5 - s) for s in range(6)])
         torch.testing.assert_close(found, weights @ values / weights.sum(), rtol=1e-4, atol=1e-6)
     latest = MovingMoments(zero, zero, betas=(0.0, 0.0)).updated(*rows[0]).updated(*rows[1])

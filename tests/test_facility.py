@@ -71,15 +71,13 @@ def test_lazy_greedy_picks_as_plain_greedy_among_crowds_and_in_single_precision_
 def test_memory_does_not_change_the_medoids(view):
     row = len(view) * view.logits.element_size()
     bounds = (0, row - 1, 7 * row, len(view) * row // 2, len(view) * row - 1, len(view) * row)
-    lazy = [facility_location(Distances(view, memory=memory), 90) for memory in bounds]
-    drawn = [
-        stochastic_facility_location(Distances(view, memory=memory), 90, sample=9, rng=generator(0))
-        for memory in bounds
-    ]
-    shares = [cluster_shares(Distances(view, memory=memory), lazy[0]) for memory in bounds]
-    assert all(medoids.equal(lazy[0]) for medoids in lazy)
-    assert all(medoids.equal(drawn[0]) for medoids in drawn)
-    assert all(counts.equal(shares[0]) for counts in shares)
+    found = []
+    for memory in bounds:
+        distances = Distances(view, memory=memory)
+        lazy = facility_location(distances, 90)
+        drawn = stochastic_facility_location(distances, 90, sample=9, rng=generator(0))
+        found.append((lazy, drawn, cluster_shares(distances, lazy)))
+    assert all(a.equal(b) for each in found for a, b in zip(each, found[0], strict=True))
 
 
 def test_memory_is_bounded(monkeypatch):

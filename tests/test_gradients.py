@@ -168,13 +168,7 @@ def samples_for(shape, n):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [
-        ("mlp", (5,)),
-        ("lenet5", (1, 28, 28)),
-        ("resnet8", (3, 8, 8)),
-        ("airbench", (3, 32, 32)),
-        ("transformer", (6, 9)),
-    ],
+    {"mlp": (5,), "lenet5": (1, 28, 28), "resnet8": (3, 8, 8), "airbench": (3, 32, 32), "transformer": (6, 9)}.items(),
 )
 def test_norms_of_full_gradients_are_those_of_one_backward_pass_per_sample(name, shape, monkeypatch):
     torch.manual_seed(0)

@@ -84,7 +84,7 @@ def test_rows_are_projected_gradients_at_each_checkpoint_and_picks_are_those_of_
     for name, each in (("pool", split), ("target", target)):
         rows = []
         for checkpoint in checkpoints:
-            checkpoint.restore(model)
+            model.load_state_dict(checkpoint.part("w"), strict=False)
             moments = checkpoint.moments if name == "pool" else None
             rows.append(less_rows(model, batches(each), Projection(0, WIDTH), moments))
         expected = over_checkpoints(rows, [checkpoint.rate for checkpoint in checkpoints])

@@ -99,29 +99,19 @@ def picked_twice(worker, options):
     return epochs, loader.coreset, loader.losses
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"rule": "craig", "balanced": False, "target": Jittered(300, seed=1)},
-        {"rule": "infobatch", "fraction": 1.0},
-        {"rule": "ccs", "fraction": 0.2, "warm_epochs": 1, "every_epochs": 2},
-        {"rule": "random", "batch_size": 1, "fraction": 71 / N},
-        {"rule": "grand", "options": {"gradients": "full"}, "data": Jittered(260)},
-        {"rule": "rds_plus", "rows": outputs, "data": Answers(), "target": Answers(10, seed=1)},
-        {"rule": "ccs", "fraction": 0.2, "warm_epochs": 1, "every_epochs": 2, "data": Answers()},
-    ],
-    ids=[
-        "gradmatch",
-        "craig for a target",
-        "infobatch",
-        "ccs",
-        "batches of one",
-        "full gradients",
-        "rds_plus for tokens",
-        "ccs for tokens",
-    ],
-)
+CASES = {
+    "gradmatch": {},
+    "craig for a target": {"rule": "craig", "balanced": False, "target": Jittered(300, seed=1)},
+    "infobatch": {"rule": "infobatch", "fraction": 1.0},
+    "ccs": {"rule": "ccs", "fraction": 0.2, "warm_epochs": 1, "every_epochs": 2},
+    "batches of one": {"rule": "random", "batch_size": 1, "fraction": 71 / N},
+    "full gradients": {"rule": "grand", "options": {"gradients": "full"}, "data": Jittered(260)},
+    "rds_plus for tokens": {"rule": "rds_plus", "rows": outputs, "data": Answers(), "target": Answers(10, seed=1)},
+    "ccs for tokens": {"rule": "ccs", "fraction": 0.2, "warm_epochs": 1, "every_epochs": 2, "data": Answers()},
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("world", [3])  # the third rank has no batch to compute a view of
 def test_ranks_pick_and_share_what_one_rank_has(options, world):
     (alone,) = on_workers(1, picked_twice, options)

@@ -35,18 +35,10 @@ def tiny_language(folder, *, template=True, seed=0, tied=True) -> Path:
     )
     tokenizer.save_pretrained(folder)
     config = transformers.LlamaConfig(
-        vocab_size=pieces.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.1,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
+        vocab_size=pieces.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.1,
+        tie_word_embeddings=tied, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import whole_steps
-from raypkg.coresets.gradients import HeadView
 from raypkg.data.augment import compose
 from raypkg.data.coreset import Coreset
 from raypkg.engine.batches import Batch, Epoch, ahead, dtype_of, plain_batches, training_batch
@@ -188,13 +187,6 @@ class RunLoop(Loop):
         """Bill the passes inside the block."""
         with self.run.cost.apart(self.run.bill(part)), super().passing(part):
             yield
-
-    def view(self, model: nn.Module, subset: Subset, part: str) -> HeadView:
-        """Return the logits and labels of samples; an error names the remedy in a run."""
-        try:
-            return super().view(model, subset, part)
-        except UserError as error:
-            raise UserError(f"CREST cannot continue with this model ({error}): lower the learning rate") from None
 
     def derivative(self, derive: Derive, parameters: Sequence[Tensor], samples: Subset, weights: Tensor) -> Tensor:
         """Return a derivative of the mean of w · loss, and bill its sum over the workers, [p]."""

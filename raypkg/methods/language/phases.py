@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
@@ -76,10 +76,6 @@ class Checkpoint(NamedTuple):
         """Adam's moments by the parameters' names."""
         v = self.part("v")
         return {name: Moments(m, v[name]) for name, m in self.part("m").items()}
-
-    def restore(self, model: nn.Module) -> None:
-        """Overwrite a model's trained parameters."""
-        model.load_state_dict(self.part("w"), strict=False)
 
 
 def save_checkpoint(storage: Storage, number: int, checkpoint: Checkpoint) -> None:
@@ -226,7 +222,7 @@ class RowsPlan:
             if settings.by_gradients:
                 if here.get("number") != part.draw:
                     here |= {"number": part.draw, "checkpoint": load_checkpoint(self.storage, part.draw)}
-                    here["checkpoint"].restore(model)
+                    model.load_state_dict(here["checkpoint"].part("w"), strict=False)
                 moments = here["checkpoint"].moments if part.split == POOL else None
                 betas = (settings.warmup.momentum, 0.999)
                 rows = less_rows(model, batches, Projection(settings.seed, options.width), moments, betas=betas)
