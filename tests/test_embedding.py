@@ -101,8 +101,7 @@ def test_the_run_folder_is_a_data_set_of_rows_with_the_ids_classes_and_held_out_
 
 def test_the_features_of_a_trained_model_are_its_own(tmp_path):
     assert effray("train --name base --model resnet8 --train.epochs 1 --cluster.workers 0", tmp_path).code == 0
-    ended = effray(f"embed --name one --model-from base {PLAIN}", tmp_path)
-    assert ended.code == 0, ended
+    assert effray(f"embed --name one --model-from base {PLAIN}", tmp_path).code == 0
     test = load_data("digits").test
     _, features = rows_of(tmp_path / "runs/embed/one/test.parquet")
     pixels, _ = test.batch(torch.arange(len(test)))
@@ -110,8 +109,7 @@ def test_the_features_of_a_trained_model_are_its_own(tmp_path):
 
 
 def test_each_draw_is_a_row_of_every_training_sample_augmented_anew_and_the_test_samples_have_one(tmp_path):
-    ended = effray(f"embed --name one --model resnet8 --draws 3 --seed 4 {PLAIN}", tmp_path)
-    assert ended.code == 0, ended
+    assert effray(f"embed --name one --model resnet8 --draws 3 --seed 4 {PLAIN}", tmp_path).code == 0
     data = load_data("digits")
     n = len(data.train)
     table, features = rows_of(tmp_path / "runs/embed/one/train.parquet")
@@ -146,10 +144,8 @@ RESUME = "embed --resume one --cluster.workers 0"
 def test_killed_at_any_moment_and_resumed_it_leaves_what_an_undisturbed_run_leaves(
     embedded, tmp_path, owner, name, due
 ):
-    ended = effray(EMBED, tmp_path, lambda: kill_at(owner, name, due))
-    assert ended.code == -signal.SIGKILL, ended
-    ended = effray(RESUME, tmp_path)
-    assert ended.code == 0, ended
+    assert effray(EMBED, tmp_path, lambda: kill_at(owner, name, due)).code == -signal.SIGKILL
+    assert effray(RESUME, tmp_path).code == 0
     check_whole(tmp_path / "runs")
     here, there = files(tmp_path / "runs/embed/one"), files(embedded)
     assert here.keys() == there.keys()
@@ -206,16 +202,14 @@ def test_a_folder_that_cannot_be_listed_for_a_while_does_not_end_the_run(embedde
 
     monkeypatch.setattr(Storage, "list", throttled)
     monkeypatch.setattr(embedding, "GLANCE", 0.01)
-    ended = effray(EMBED, tmp_path)
-    assert ended.code == 0, ended
+    assert effray(EMBED, tmp_path).code == 0
     assert (tmp_path / "refused").exists()
     assert files(tmp_path / "runs/embed/one") == files(embedded)
 
 
 def test_a_feature_that_is_no_number_is_told_with_its_sample(tmp_path):
-    line = effray(
-        f"embed --name one --dataset {__name__}:with_a_black_digit --model {__name__}:broken {PLAIN}", tmp_path
-    ).line
+    own = f"--dataset {__name__}:with_a_black_digit --model {__name__}:broken"
+    line = effray(f"embed --name one {own} {PLAIN}", tmp_path).line
     assert f"train sample {BROKEN}: its features hold NaN or infinity" in line
 
 

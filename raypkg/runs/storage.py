@@ -303,13 +303,13 @@ class Storage:
             return None
         try:
             value = from_json(content)  # to a limited depth: `json` may exceed the stack
+            if value is None:  # would look like a missing file
+                raise ValueError("it holds null")
             if schema:
                 schema.model_validate(value)
         except ValueError as error:
             problem = first_problem(error) if isinstance(error, ValidationError) else error
             raise UserError(f"{self.root}/{name} is corrupt: {problem}") from None
-        if value is None:  # would look like a missing file
-            raise UserError(f"{self.root}/{name} is corrupt: it holds null")
         return value
 
     def write_table(self, name: str, table: pa.Table, **form: Any) -> None:

@@ -152,33 +152,31 @@ def test_trials_there_take_over_first_phases(root, tmp_path):
     assert "pretrain of 10 of 12 trials are taken over" in done(f"compare lipt {chosen}", tmp_path)
 
 
-def test_a_history_needs_a_local_disk(root, tmp_path):
-    ended = effray(f"deltagrad train {SMALL} --root '{root}'", tmp_path)
-    assert "a history is memory-mapped, so the run must be in a local folder" in ended.line
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (f"deltagrad train {SMALL}", "a history is memory-mapped, so the run must be in a local folder"),
+        *((f"train {SMALL} --name '{name}'", "--name") for name in ("../x", "#x", "%2e%2e")),
+        ("show '{root}#/../x'", "cannot be .."),
+        ("show ..", "Allowed: none"),
+    ],
+)
+def test_a_history_needs_a_local_disk_and_no_name_leaves_the_root(root, tmp_path, command, message):
+    assert message in effray(f"{command.format(root=root)} --root '{root}'", tmp_path).line
     assert "Allowed: none" in effray(f"show one --root '{root}'", tmp_path).line
 
 
-def test_no_name_leaves_the_root(root, tmp_path):
-    for name in ("../x", "#x", "%2e%2e"):
-        assert "--name" in effray(f"train {SMALL} --name '{name}' --root '{root}'", tmp_path).line
-    assert "cannot be .." in effray(f"show '{root}#/../x'", tmp_path).line
-    assert "Allowed: none" in effray(f"show .. --root '{root}'", tmp_path).line
-
-
-def test_of_two_that_want_a_name_none_is_a_second(root, tmp_path):
+def test_of_two_that_want_a_name_none_is_a_second_and_it_is_free_after_both_gave_way(root, tmp_path):
     runs = [start(f"train {SMALL} --seed {seed} --name one --root '{root}'", tmp_path) for seed in (1, 2)]
     ended = [run.end() for run in runs]
     assert all(each.code == 0 or "run 'one' exists" in each.line for each in ended)
     assert sum(each.code == 0 for each in ended) <= 1
     again = effray(f"train {SMALL} --name one --root '{root}'", tmp_path)
     assert (again.code == 0) == all(each.code == 2 for each in ended), again
-
-
-def test_a_name_is_free_after_two_gave_way(root, tmp_path):
-    folder = Storage(f"{root}#/train/one")
+    folder = Storage(f"{root}#/train/two")  # as two leave it that gave way to each other
     folder.write(f"{CLAIMS}/x", b"")
     folder.delete(f"{CLAIMS}/x")
-    done(f"train {SMALL} --name one --root '{root}'", tmp_path)
+    done(f"train {SMALL} --name two --root '{root}'", tmp_path)
 
 
 @pytest.mark.parametrize("what", ["no bucket", "no server", "a server that says nothing", "no region", "wrong URI"])
