@@ -102,7 +102,8 @@ def test_names_are_joined_to_uris_with_a_query_and_without(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "root", ["file:///tmp#/../x", "\udcff", "~nobody-of-that-name/x", "s3://b/a b", "s3://", "a\0", "nonsense://x"]
+    "root",
+    ["file:///tmp#/../x", "s3:b", "\udcff", "~nobody-of-that-name/x", "s3://b/a b", "s3://", "a\0", "nonsense://x"],
 )
 def test_what_is_no_folder_is_refused_in_one_line(root):
     with pytest.raises(UserError, match="cannot use"):

@@ -37,7 +37,7 @@ from raypkg.studies.study import Order, create_study
         ("select --rule grand", "select needs a model: give --model-from RUN"),
         ("lipt --pretrain.models 5000", "5000 disjoint shards of 0 samples each cannot be had from 1295 samples"),
         ("lipt --pretrain.models 200", r"a shard of 6 samples holds none of class 8 \(125 samples\): use fewer or"),
-        ("lipt --model torchvision:resnet18", "the models of torchvision take 3 channels"),
+        ("lipt --model torchvision:resnet18", "expected input.* to have 3 channels"),
         ("list --root ''", "the name of a folder for runs is empty"),
     ],
 )
