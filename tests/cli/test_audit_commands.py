@@ -60,7 +60,7 @@ def test_the_table_ranks_the_training_samples_and_finds_planted_labels(trained):
     assert "wrong labels are known" in out and "The 5 worst" in trained("show one")
     trained("report one")
     page = Path("runs/audit/one/report.html").read_text()
-    assert "The 5 worst" in page and "self influence" in page and 'alt="worst"' in page and 'alt="harm"' in page
+    assert "The 5 worst" in page and "self influence" in page and 'alt="worst' in page and 'alt="harm' in page
 
 
 def test_influences_are_those_of_the_run_at_its_present_weights(trained):
