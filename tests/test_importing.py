@@ -203,7 +203,6 @@ def test_stored_parts_are_not_read_again(source, stream, tmp_path, allowing, cap
 @in_both_kinds
 def test_a_killed_process(source, stream, tmp_path, undisturbed, allowing):
     def run():
-        images.decoding_threads.cache_clear()  # a fork has none of the threads
         allowing(5, lambda: os.kill(os.getpid(), signal.SIGKILL))
         load_data(source, cache=stream)
 

@@ -90,7 +90,7 @@ def test_predict_images_by_file_or_folder(effray, refusal):
     assert [(row["input"], row["label"]) for row in predictions()] == [("strange/\\xfe.png", found[0]["label"])]
     Path("empty").mkdir()
     Path("broken.png").write_bytes(b"\x89PNG no")
-    for source, problem in {"broken.png": "broken.png", "none": "does not exist", "empty": "holds no images"}.items():
+    for source, problem in {"broken.png": "broken.png", "none": "does not exist", "empty": "holds no samples"}.items():
         assert problem in refusal(f"predict one {source}")
     assert "unknown format of predictions '.txt'" in refusal("predict one set --out out.txt")
 

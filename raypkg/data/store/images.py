@@ -6,6 +6,7 @@ decoded on every read, by as many threads as torch uses: the worker's CPUs.
 
 import io
 import math
+import os
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -306,3 +307,6 @@ def decode_all(images: Sequence[bytes], shape: Shape, name: Name) -> np.ndarray:
 def decoding_threads(count: int) -> ThreadPoolExecutor:
     """Return the process's pool of ``count`` threads."""
     return ThreadPoolExecutor(count, thread_name_prefix="decode")
+
+
+os.register_at_fork(after_in_child=decoding_threads.cache_clear)  # a fork has none of the threads
