@@ -146,7 +146,7 @@ def test_a_model_that_looks_at_values_has_a_plan_without_its_activations(effray,
         ("lipt --resume one", "--dry-run is of a new run: what run one is to do, `effray show one` tells"),
         ("train --dataset folder:nowhere", "nowhere"),
         ("train --dataset.only s3://KEY:SECRET@bucket/x", "credentials in its URI"),
-        ("deltagrad train --model resnet8", "batch norm"),
+        ("deltagrad train --model resnet8", "BatchNorm"),
     ],
 )
 def test_a_mistake_is_told_as_by_the_run(refusal, arguments, message):
