@@ -200,6 +200,8 @@ def loaded(data, **options):
         (loaded(data()), "infobatch", 0.1, {}, "it needs fraction = 1 and every_epochs = 1, not 0.1 and 0"),
         (loaded(data()), "grand", 0.1, {"epochs": 2.5}, r"epochs = 2.5: must be an integer, 1 or more"),
         (loaded(Table([])), "grand", 0.1, {}, "the data set has no samples"),
+        (loaded(data()), "craig", 0.1, {"target": Table([])}, "the target has no samples"),
+        (loaded(data()), "grand", 0.1, {"target": data()}, "grand selects for no target: target would do nothing"),
         (loaded(data(), drop_last=True), "grand", 0.1, {}, "drop_last=True: it must give every sample once"),
         (loaded(Endless()), "grand", 0.1, {}, "_InfiniteConstantSampler"),
         (loaded(data(), sampler=RandomSampler(data(), replacement=True)), "grand", 0.1, {}, "every sample once"),
