@@ -32,10 +32,10 @@ class Workers:
     """Run functions on all workers at once, one after another.
 
     Workers start at the first function and stay until the end. A lost worker restarts the whole group, which repeats
-    the function that had not returned: each function must resume from its own checkpoints. With ``cluster.workers = 0``
-    functions run in this process, and Ray is not started: ``local`` is then their initial ``worker.local``, such as
-    data that it has open. ``report`` receives every row of metrics in this process. Ray Train keeps its own files in
-    ``folder``, reachable from every node.
+    the function that had not returned (worker_loop.py): each function must resume from its own checkpoints. With
+    ``cluster.workers = 0`` functions run in this process, and Ray is not started: ``local`` is then their initial
+    ``worker.local``, such as data that it has open. ``report`` receives every row of metrics in this process. Ray Train
+    keeps its own files in ``folder``, reachable from every node.
     """
 
     def __init__(self, cluster: Cluster, report: Listener, folder: str, local: Mapping[str, Any] | None = None):

@@ -60,7 +60,8 @@ def fit(
     With ``micro_batch`` a step's samples pass through the model in parts, whose gradients add up to those of the whole
     batch. Batch norm sees only the parts, and layers such as dropout draw other numbers.
 
-    After each epoch the state goes to ``checkpoints``, and ``measure(model, epoch)`` returns further metrics.
+    After each epoch the state goes to ``checkpoints``, and ``measure(model, epoch)`` returns further metrics. An epoch
+    that was interrupted is repeated: its order and all of its draws follow from the seed and its number.
 
     Raises:
         UserError: the loss of an epoch is not finite; the last good checkpoint stays.

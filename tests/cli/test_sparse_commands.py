@@ -56,6 +56,7 @@ def test_dense_training_with_a_correction_has_no_masks_to_export(effray, refusal
 
 REFUSED = {
     "--density 0.1 --drop threshold": r"unknown drop rule 'threshold'",
+    "--density 1": r"density = 1 leaves no room to grow",
     "--density 0.1 --death-rate 1": r"death_rate = '1'",
     "--density 0.1 --train.epochs 1 --train.batch_size 4000": r"update_every_steps = 1 is not below the 1 steps",
     # without effect

@@ -5,10 +5,11 @@ The decorator states what a rule sees, whether it sizes its coreset itself, and 
     @coreset("infobatch", source="arXiv:2303.04947", sees="record", sizes_itself=True)
     def infobatch(record: Record, *, rng: torch.Generator, …) -> Coreset:
 
-A user's function without a decorator is described by its signature. Further samples and models are keywords that a rule
-declares: ``target``, samples to select for, None for those that it selects from, or ``valid``, by default the held-out
-ones; ``others``, the views of further models, to average over; and ``full_norms()``, the norms of the samples' full
-gradients, averaged over all models, float [n].
+A user's function without a decorator is described by its signature. A keyword with a type and a default is an option,
+``--set select.options.NAME=VALUE``. effray supplies what a rule declares of these: ``target``, samples to select for,
+None for those that it selects from, or ``valid``, by default the held-out ones; ``others``, the views of further
+models, to average over; ``full_norms()``, the norms of the samples' full gradients, averaged over all models, float
+[n]; ``memory``, bytes that it may use to save time; and ``progress``, the share of the training that is done.
 """
 
 import inspect

@@ -6,7 +6,8 @@
     @redistribution(name)  share(weight, *, momentum) → share of a layer in the growth, from its active weights [k]
 
 A rule omits the keywords that it does not need, and they are not computed. ``gradient`` is that of the step's batch as
-if the layer were dense, ``momentum`` its running sum, m ← βm + g.
+if the layer were dense, ``momentum`` its running sum, m ← βm + g. `SparseTraining` (training.py) calls the rules;
+masks.py keeps the counts.
 """
 
 import torch

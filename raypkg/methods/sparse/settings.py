@@ -176,6 +176,8 @@ class SparseSettings(Sparsity, Experiment):
             self._refuse("growth = false keeps the masks", "update_every_steps", "drop")
         if from_dense:
             self._refuse("sparse_init = dense begins with all inputs", "fan_in")
+        if grows and self.density == 1:
+            raise UserError("density = 1 leaves no room to grow: leave --density out, or give less")
         if self.is_gradual and self.train.keep == "best":
             raise UserError("train.keep = best may be denser than where gradual pruning ends: give --train.keep last")
         if self.density is not None and self.train.average is not None:
