@@ -66,7 +66,8 @@ def list_runs(kind: str | None, root: str, last: int | None, as_json: bool) -> N
         raise unknown("experiment", kind, [*kinds, FOLDER])
     lines = folded(root, runs_of(root, kinds))
     if kind:
-        lines = [line for line in lines if kind in (line.experiment, line.method.partition(" ")[0])]
+        sweeps = (FOLDER, "compare") if kind == FOLDER else ()
+        lines = [line for line in lines if line.experiment == kind or line.method.startswith(sweeps)]
     lines.sort(key=lambda line: line.time, reverse=True)
     if as_json:
         say(json.dumps([line._asdict() for line in lines[:last]], indent=2))
@@ -129,7 +130,7 @@ def folded(root: str, lines: Iterable[Listed]) -> list[Listed]:
             state=state,
             data=named(config, "dataset"),
             model=named(config, "model"),
-            method=f"{FOLDER} {study.experiment}",
+            method=study.command.removeprefix("effray "),
             accuracy=trials[best].accuracy if best in trials else None,
             backward=sum(backward) or None,
             seconds=sum(trial.seconds or 0 for trial in done) if done else None,

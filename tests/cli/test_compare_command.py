@@ -328,6 +328,8 @@ def test_a_trial_has_the_verdict_on_its_row(effray, mine):
     study = find_study("runs", "mine-digits-paper")  # of table, data and scale
     assert study.config["train"]["epochs"] == 3
     effray(MINE)
-    assert "against" in effray("show m") and "m: 6 of 6 trials done" in effray("list")
+    assert "against" in effray("show m")
+    listed = effray("list tune")
+    assert "m: 6 of 6 trials done" in listed and "compare mine.py" in listed
     effray("export m-002 --out tenth")
     assert re.search(r"row 'tenth' of comparison 'm': [a-z ]+ over 2 seeds", Path("tenth/README.md").read_text())
