@@ -115,7 +115,7 @@ def as_arguments(*parts: str) -> Iterator[None]:
 
 @contextmanager
 def user_code() -> Iterator[None]:
-    """Turn an error or exit of a user's code into one line with the innermost place in his files.
+    """Turn an error or exit of a user's code into one line with the innermost place in his files; a lack of memory too.
 
     Other errors pass, as do those of lost workers, and exits by Ray or this package.
     """
@@ -129,6 +129,11 @@ def user_code() -> Iterator[None]:
         ends = isinstance(error, SystemExit)
         if module.startswith(("ray.", "torch.distributed.")) or (ends and module.startswith("raypkg.")):
             raise
+        # PyTorch has a class of its own on GPUs only.
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+            amount = re.search(r"allocate [\d.]+ \w+", str(error))
+            wanted = f" to {amount[0]}" if amount else ""
+            raise UserError(f"out of memory{wanted}: lower train.batch_size, or set train.micro_batch") from error
         places = [(Path(frame.f_code.co_filename), line, frame.f_code.co_name) for frame, line in frames]
         theirs = [
             f"{file}, line {line}, in {name}"

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import raypkg
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, user_code
 from raypkg.core.registry import Registry
 from raypkg.coresets.rules import coreset
 from raypkg.data.sources import dataset
@@ -123,6 +124,15 @@ def test_registration_refuses_an_untyped_option():
         @registry("bad")
         def bad(x, *, width=3):
             return x
+
+
+def test_a_lack_of_memory_is_one_line():
+    def on_a_gpu():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    for take, wanted in ((on_a_gpu, " to allocate 2.00 GiB"), (lambda: torch.empty(2**50), r" to allocate \d+ bytes")):
+        with pytest.raises(UserError, match=f"out of memory{wanted}: lower train.batch_size"), user_code():
+            take()
 
 
 def test_user_code_by_module_and_function(package, tmp_path):
